@@ -1,0 +1,106 @@
+"""`/health`: whether this node serves, and the state of each slot. Open to all; holders only to their tenant."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from gpu_server.api.auth import MaybeTenant, TheService
+from gpu_server.core.slots import Slot, SlotState
+from gpu_server.service import Service
+
+router = APIRouter(tags=["health"])
+
+
+class HolderView(BaseModel):
+    session_id: str
+    task_ids: list[str]
+
+
+class SlotView(BaseModel):
+    """One slot. `held_by` is shown to the holder's own tenant only."""
+
+    id: str
+    uuid: str
+    name: str
+    kind: str
+    tiers: list[str]
+    state: str
+    fault: str | None
+    memory_total_mb: int
+    memory_used_mb: int | None
+    held_by: HolderView | None
+
+
+class Health(BaseModel):
+    """`enclave_healthy` is null on a node without an enclave."""
+
+    status: str
+    ready: bool
+    runtime: str
+    enclave_healthy: bool | None
+    gpu_healthy: bool
+    models_loaded: int
+    gpus: list[SlotView]
+    active_sessions: int
+    active_tasks: int
+    waiting_sessions: int
+    warnings: list[str]
+
+
+@router.get("/health", responses={503: {"model": Health, "description": "Does not serve"}})
+async def health(service: TheService, tenant: MaybeTenant) -> JSONResponse:
+    """Answers 200 while the node takes work, 503 while it starts, stops or cannot."""
+    report = _report(service, tenant)
+    return JSONResponse(report.model_dump(), 200 if report.ready else 503)
+
+
+def _report(service: Service, tenant: str | None) -> Health:
+    engine, node = service.engine, service.engine.node
+    live = list(node.live_sessions())
+    slots = list(node.slots)
+    usable = [s for s in slots if s.state is not SlotState.QUARANTINED and s.fault is None]
+    washed = [s for s in usable if s.state is not SlotState.WASHING or s.fence]
+    if engine.broken is not None:
+        status = "failed"
+    elif node.shutting_down:
+        status = "stopping"
+    elif not washed:
+        status = "starting" if usable else "unhealthy"
+    else:
+        status = "ok" if len(usable) == len(slots) else "degraded"
+    loaded = {s.workload.model_id for s in live if s.state in ("ready", "working")}
+    return Health(
+        status=status,
+        ready=status in ("ok", "degraded"),
+        runtime=service.runtime.name,
+        enclave_healthy=None,
+        gpu_healthy=bool(slots) and len(usable) == len(slots),
+        models_loaded=len(loaded),
+        gpus=[_slot_view(service, slot, tenant) for slot in slots],
+        active_sessions=len(live) - len(node.line),
+        active_tasks=sum(len(s.busy) + len(s.queue) for s in live),
+        waiting_sessions=len(node.line),
+        warnings=list(service.warnings),
+    )
+
+
+def _slot_view(service: Service, slot: Slot, tenant: str | None) -> SlotView:
+    spec, reading = slot.spec, service.engine.readings.get(slot.spec.id)
+    session = service.engine.node.sessions.get(slot.holder or "")
+    mine = session is not None and tenant is not None and session.tenant == tenant
+    return SlotView(
+        id=spec.id,
+        uuid=spec.uuid,
+        name=spec.name,
+        kind="gpu" if spec.is_gpu else "cpu",
+        tiers=sorted(spec.tiers),
+        state=slot.state,
+        fault=slot.fault,
+        memory_total_mb=spec.memory_mb,
+        memory_used_mb=reading.memory_used_mb if reading else None,
+        held_by=HolderView(session_id=session.id, task_ids=[*session.busy, *session.queue])
+        if session is not None and mine
+        else None,
+    )

@@ -1,0 +1,92 @@
+"""Refusals and mistakes as `application/problem+json` (RFC 9457), each with its stable `code`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gpu_server.core.errors import Refusal, RefusalCode
+
+STATUS: Mapping[RefusalCode, int] = {
+    RefusalCode.UNAUTHORIZED: 401,
+    RefusalCode.INVALID_REQUEST: 422,
+    RefusalCode.BODY_TOO_LARGE: 413,
+    RefusalCode.METADATA_TOO_DEEP: 422,
+    RefusalCode.TIMEOUT_OUT_OF_RANGE: 422,
+    RefusalCode.MODEL_NOT_FOUND: 404,
+    RefusalCode.PRESET_NOT_FOUND: 404,
+    RefusalCode.PRESET_NOT_SUPPORTED: 422,
+    RefusalCode.IMAGE_NOT_ALLOWED: 403,
+    RefusalCode.MODEL_MISSING: 404,
+    RefusalCode.SESSION_NOT_FOUND: 404,
+    RefusalCode.SESSION_CLOSED: 409,
+    RefusalCode.SESSION_MISMATCH: 409,
+    RefusalCode.SESSION_QUEUE_FULL: 429,
+    RefusalCode.TASK_NOT_FOUND: 404,
+    RefusalCode.NO_AVAILABLE_GPU: 503,
+    RefusalCode.NO_SUCH_CAPACITY: 422,
+    RefusalCode.GPU_WAIT_LINE_FULL: 429,
+    RefusalCode.NOT_FOUND: 404,
+    RefusalCode.METHOD_NOT_ALLOWED: 405,
+    RefusalCode.SHUTTING_DOWN: 503,
+    RefusalCode.INTERNAL: 500,
+}
+
+log = structlog.get_logger()
+
+
+def problem(refusal: Refusal, headers: Mapping[str, str] | None = None, **more: Any) -> JSONResponse:
+    """The answer to a refused request."""
+    status = STATUS[refusal.code]
+    content = {
+        "type": f"urn:gpu-server:{refusal.code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": refusal.code,
+        "detail": refusal.message,
+        **refusal.ids,
+        **more,
+    }
+    extra = dict(headers or {})
+    if refusal.retry_after is not None:
+        extra["Retry-After"] = str(refusal.retry_after)
+    if status == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(content, status, headers=extra, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Answer everything that goes wrong in this one form."""
+
+    @app.exception_handler(Refusal)
+    async def _refused(request: Request, refusal: Refusal) -> JSONResponse:
+        log.info("request.refused", code=refusal.code, path=request.url.path, **refusal.ids)
+        return problem(refusal)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # The input itself is left out: it may be somebody's prompt, and may be huge.
+        errors = [
+            {"where": ".".join(map(str, detail["loc"])), "what": detail["msg"]} for detail in error.errors()[:20]
+        ]
+        first = f"{errors[0]['where']}: {errors[0]['what']}" if errors else "the request is not valid"
+        return problem(Refusal(RefusalCode.INVALID_REQUEST, first), errors=errors)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: RefusalCode.NOT_FOUND, 405: RefusalCode.METHOD_NOT_ALLOWED}.get(
+            error.status_code, RefusalCode.INVALID_REQUEST
+        )
+        return problem(Refusal(code, f"{error.detail}: {request.method} {request.url.path}"), error.headers)
+
+    @app.exception_handler(Exception)
+    async def _crashed(request: Request, error: Exception) -> JSONResponse:
+        log.error("request.crashed", path=request.url.path, exc_info=error)
+        return problem(Refusal(RefusalCode.INTERNAL, "the service met a bug; its log has the details"))

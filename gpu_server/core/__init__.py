@@ -1,0 +1,1 @@
+"""The decisions: pure, synchronous, without I/O. Events come in, effects go out, time is an argument."""

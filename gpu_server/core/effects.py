@@ -1,0 +1,72 @@
+"""Work that goes out. The engine starts each effect after the decision; it comes back as an event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """Something to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartWorker(Effect):
+    """Bring up the session's container on these slots: StageReached, WorkerCreated, then WorkerReady or
+    WorkerLost."""
+
+    session_id: str
+    fence: int
+    slot_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendTask(Effect):
+    """Give the task to the session's worker: TaskEnded or WorkerLost."""
+
+    session_id: str
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelTask(Effect):
+    """Ask the worker to stop this task; it answers with TaskEnded, or the cancel deadline passes."""
+
+    session_id: str
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WashSlots(Effect):
+    """Take down the session's container (SIGTERM, `grace` seconds, SIGKILL), verify, certify: ContainerGone,
+    then WashPassed for each slot, or WashFailed. `session_id` None washes what a former life left."""
+
+    session_id: str | None
+    fence: int
+    slot_ids: tuple[str, ...]
+    grace: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish(Effect):
+    """Put one of the service's own events into a task's stream. `task_finish` ends the stream."""
+
+    task_id: str
+    event: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetTask(Effect):
+    """The task's retention is over."""
+
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetSession(Effect):
+    """The session's tombstone is gone."""
+
+    session_id: str

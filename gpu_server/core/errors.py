@@ -1,0 +1,105 @@
+"""Every way this service says no, each with a stable code.
+
+Two families. A `Refusal` is raised: the request changed nothing. A `FailureCode` is published: a task or
+session that existed ended badly, and the code says why. The HTTP edge maps codes to statuses; nothing here
+knows about HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class RefusalCode(StrEnum):
+    """Codes of refused requests. Clients match on these; they never change their meaning."""
+
+    UNAUTHORIZED = "unauthorized"
+    INVALID_REQUEST = "invalid_request"
+    BODY_TOO_LARGE = "body_too_large"
+    METADATA_TOO_DEEP = "metadata_too_deep"
+    TIMEOUT_OUT_OF_RANGE = "timeout_out_of_range"
+    MODEL_NOT_FOUND = "model_not_found"
+    PRESET_NOT_FOUND = "preset_not_found"
+    PRESET_NOT_SUPPORTED = "preset_not_supported"
+    IMAGE_NOT_ALLOWED = "image_not_allowed"
+    MODEL_MISSING = "model_missing"
+    SESSION_NOT_FOUND = "session_not_found"
+    SESSION_CLOSED = "session_closed"
+    SESSION_MISMATCH = "session_mismatch"
+    SESSION_QUEUE_FULL = "session_queue_full"
+    TASK_NOT_FOUND = "task_not_found"
+    NO_AVAILABLE_GPU = "no_available_gpu"
+    NO_SUCH_CAPACITY = "no_such_capacity"
+    GPU_WAIT_LINE_FULL = "gpu_wait_line_full"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+
+
+class FailureCode(StrEnum):
+    """Codes of tasks and sessions that ended badly, as `error.code` in events and in their JSON."""
+
+    TASK_TIMEOUT = "task_timeout"
+    TASK_CANCELLED = "task_cancelled"
+    CLIENT_GONE = "client_gone"
+    TASK_FAILED = "task_failed"
+    GPU_WAIT_TIMEOUT = "gpu_wait_timeout"
+    SESSION_KILLED = "session_killed"
+    SESSION_LIFETIME = "session_lifetime"
+    CANCEL_IGNORED = "cancel_ignored"
+    IMAGE_MISSING = "image_missing"
+    MODEL_MISSING = "model_missing"
+    START_FAILED = "start_failed"
+    START_TIMEOUT = "start_timeout"
+    WORKER_EXITED = "worker_exited"
+    WORKER_PROTOCOL = "worker_protocol"
+    WORKER_UNREACHABLE = "worker_unreachable"
+    RUN_FOLDER_FAULT = "run_folder_fault"
+    RUNTIME_UNREACHABLE = "runtime_unreachable"
+    NOT_CLEANED = "not_cleaned"
+    SHUTDOWN = "shutdown"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a task or a session ended badly: a stable code and a message a user can act on.
+
+    `code` is a `FailureCode`, or the worker's own code where the worker reported the failure.
+    """
+
+    code: str
+    message: str
+
+
+class Refusal(Exception):
+    """The request was refused, and nothing has changed.
+
+    `ids` names what it concerns (task_id, session_id, ...); `retry_after` is in seconds where waiting helps.
+    """
+
+    def __init__(
+        self, code: RefusalCode, message: str, *, retry_after: int | None = None, **ids: str | None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+        self.ids = {name: value for name, value in ids.items() if value is not None}
+
+
+class ImpossibleTransition(Exception):
+    """A state machine was asked for a move that its table does not hold: a bug, told with its story."""
+
+    def __init__(self, kind: str, entity_id: str, state: str, to: str, history: list[str]) -> None:
+        story = "; ".join(history) or "no moves yet"
+        super().__init__(f"{kind} {entity_id}: {state} -> {to} is impossible (history: {story})")
+
+
+class CertificateRejected(Exception):
+    """A certificate was offered that is not for the wash that was ordered. The slot stays as it is."""
+
+    def __init__(self, slot_id: str, why: str) -> None:
+        super().__init__(f"slot {slot_id}: certificate rejected: {why}")

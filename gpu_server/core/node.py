@@ -1,0 +1,580 @@
+"""The node: every decision about slots, sessions and tasks, and their only writer.
+
+Events in, effects out; `now` is an argument, in seconds on a clock that never goes back. `handle` either
+raises `Refusal` and has changed nothing, or changes the state and returns what there is to do. The engine
+calls it, one event at a time.
+
+How a session lives:
+
+ 1. It joins the wait line, and leaves it with slots leased to it (`_assign`, `_lease`), under a new fence.
+ 2. `StartWorker` brings up its container; `WorkerReady` makes it ready.
+ 3. Its tasks start first come, first served, as many at once as its worker takes (`_start_tasks`).
+ 4. It ends for one `CloseReason` (`_end`): its tasks are ended, its slots are washed (`WashSlots`).
+ 5. `ContainerGone` closes it; a certificate for each slot frees that slot, and the line moves (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from gpu_server.core import effects as fx
+from gpu_server.core import events as ev
+from gpu_server.core import notices
+from gpu_server.core.admission import admit_session, admit_task, owned_session, owned_task
+from gpu_server.core.errors import Failure, FailureCode, Refusal, RefusalCode
+from gpu_server.core.sessions import (
+    FAILED_REASONS,
+    CloseReason,
+    Expiry,
+    Rules,
+    Session,
+    SessionState,
+    Task,
+    TaskState,
+    TaskType,
+    Workload,
+)
+from gpu_server.core.slots import Slots, SlotState, Tier
+from gpu_server.core.timers import Alarm, Timers
+from gpu_server.core.waitline import WaitLine
+
+
+class Node:
+    """The state of one node. Others may read `slots`, `sessions`, `tasks` and `line`; only `handle` writes.
+
+    `first_fence` must be higher than any fence of an earlier life of this node.
+    """
+
+    def __init__(self, rules: Rules, *, first_fence: int = 1) -> None:
+        self.rules = rules
+        self.slots = Slots()
+        self.sessions: dict[str, Session] = {}
+        self.tasks: dict[str, Task] = {}
+        self.line = WaitLine()
+        self.shutting_down = False
+        self._timers = Timers()
+        self._next_fence = first_fence
+        self._out: list[fx.Effect] = []
+        self._on: Mapping[type[ev.Event], Callable[[Any, float], None]] = {
+            ev.NodeStarted: self._node_started,
+            ev.TaskSubmitted: self._task_submitted,
+            ev.SessionRequested: self._session_requested,
+            ev.SessionKillRequested: self._session_kill_requested,
+            ev.KeepaliveRequested: self._keepalive_requested,
+            ev.TaskCancelRequested: self._task_cancel_requested,
+            ev.ReaderCame: self._reader_came,
+            ev.ReaderLeft: self._reader_left,
+            ev.StageReached: self._stage_reached,
+            ev.WorkerCreated: self._worker_created,
+            ev.WorkerReady: self._worker_ready,
+            ev.WorkerLost: self._worker_lost,
+            ev.TaskEnded: self._task_ended,
+            ev.ContainerGone: self._container_gone,
+            ev.WashPassed: self._wash_passed,
+            ev.WashFailed: self._wash_failed,
+            ev.SlotChecked: self._slot_checked,
+            ev.SlotWashOrdered: self._slot_wash_ordered,
+            ev.ShutdownOrdered: self._shutdown_ordered,
+            ev.Tick: self._tick,
+        }
+        self._alarms: Mapping[Alarm, Callable[[str, float], None]] = {
+            Alarm.GPU_WAIT: self._gpu_wait_over,
+            Alarm.START: self._start_over,
+            Alarm.IDLE: self._idle_over,
+            Alarm.LIFETIME: self._lifetime_over,
+            Alarm.DRAIN: self._drain_over,
+            Alarm.TASK: self._task_over,
+            Alarm.CANCEL: self._cancel_over,
+            Alarm.DISCONNECT: self._disconnect_over,
+            Alarm.FORGET_TASK: self._forget_task,
+            Alarm.FORGET_SESSION: self._forget_session,
+        }
+
+    def handle(self, event: ev.Event, now: float) -> list[fx.Effect]:
+        """Decide. Raises `Refusal` for a request that is not granted and `CertificateRejected` for a
+        certificate that frees nothing; the state is then as it was. `ImpossibleTransition` is a bug."""
+        self._out = []
+        self._on[type(event)](event, now)
+        return self._out
+
+    def next_deadline(self) -> float | None:
+        """When `Tick` is due next, or None."""
+        return self._timers.next()
+
+    def live_sessions(self) -> Iterator[Session]:
+        return (session for session in self.sessions.values() if not session.ended)
+
+    def expiry(self, session: Session) -> Expiry:
+        """The one statement of when this session will end if nothing happens."""
+        if session.ended:
+            return Expiry(idle_deadline=None, max_deadline=None, effective=None, reason=None)
+        wait = self._timers.get(Alarm.GPU_WAIT, session.id)
+        clocks = [
+            (when, reason)
+            for when, reason in (
+                (session.max_deadline, CloseReason.MAX_LIFETIME),
+                (session.idle_deadline, CloseReason.IDLE_TIMEOUT),
+                (wait, CloseReason.NO_AVAILABLE_GPU),
+            )
+            if when is not None
+        ]
+        effective, reason = min(clocks, key=lambda clock: clock[0]) if clocks else (None, None)
+        return Expiry(
+            idle_deadline=session.idle_deadline,
+            max_deadline=session.max_deadline,
+            effective=effective,
+            reason=reason,
+        )
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def _task_submitted(self, event: ev.TaskSubmitted, now: float) -> None:
+        session = admit_task(self, event)
+        if session is None:
+            session = self._new_session(
+                event.new_session_id,
+                event.tenant,
+                event.workload,
+                event.tier or Tier.LOW,
+                event.task_type,
+                now,
+            )
+        task = Task(
+            id=event.task_id,
+            session_id=session.id,
+            tenant=event.tenant,
+            task_type=event.task_type,
+            timeout=event.timeout,
+            created_at=now,
+        )
+        self.tasks[task.id] = task
+        session.queue.append(task.id)
+        self._timers.set(Alarm.DISCONNECT, task.id, now + self.rules.disconnect_grace)
+        if session.state is SessionState.WAITING and session.id not in self.line:
+            self._join_line(session, now)
+            return
+        if session.state in (SessionState.READY, SessionState.WORKING):
+            starts_now = len(session.busy) < session.workload.max_concurrent_tasks
+            self._tell(notices.connection(task.id, "session_ready" if starts_now else "queued", session))
+            self._start_tasks(session, now, announced=task.id)
+            self._tell_positions([session])
+            return
+        waits = session.state is SessionState.WAITING
+        self._tell(notices.connection(task.id, "queued" if waits else "allocated", session))
+        self._tell_positions(self.line if waits else [session])
+
+    def _session_requested(self, event: ev.SessionRequested, now: float) -> None:
+        admit_session(self, event)
+        tier = event.tier or Tier.LOW
+        session = self._new_session(
+            event.session_id, event.tenant, event.workload, tier, TaskType.SESSION, now, asked_for=True
+        )
+        self._join_line(session, now)
+
+    def _session_kill_requested(self, event: ev.SessionKillRequested, now: float) -> None:
+        session = owned_session(self, event.session_id, event.tenant)
+        self._end(session, CloseReason.KILLED, _KILLED, now, tasks_become=TaskState.CANCELLED)
+
+    def _keepalive_requested(self, event: ev.KeepaliveRequested, now: float) -> None:
+        session = owned_session(self, event.session_id, event.tenant)
+        if not session.accepts_tasks:
+            raise Refusal(
+                RefusalCode.SESSION_CLOSED,
+                f"session {session.id} is {session.state} ({session.close_reason}); it cannot be kept alive",
+                session_id=session.id,
+            )
+        if session.idle_deadline is not None:
+            self._set_idle(session, max(session.idle_deadline, now + self.rules.idle_timeout))
+
+    def _task_cancel_requested(self, event: ev.TaskCancelRequested, now: float) -> None:
+        task = owned_task(self, event.task_id, event.tenant)
+        self._stop_task(task, TaskState.CANCELLED, _CANCELLED, now)
+
+    # -- readers ------------------------------------------------------------------------------------------
+
+    def _reader_came(self, event: ev.ReaderCame, now: float) -> None:
+        if (task := self.tasks.get(event.task_id)) is not None:
+            task.readers += 1
+            self._timers.cancel(Alarm.DISCONNECT, task.id)
+
+    def _reader_left(self, event: ev.ReaderLeft, now: float) -> None:
+        if (task := self.tasks.get(event.task_id)) is not None:
+            task.readers -= 1
+            if task.readers == 0 and not task.ended:
+                self._timers.set(Alarm.DISCONNECT, task.id, now + self.rules.disconnect_grace)
+
+    def _disconnect_over(self, task_id: str, now: float) -> None:
+        self._stop_task(self.tasks[task_id], TaskState.CANCELLED, _CLIENT_GONE, now)
+
+    # -- slots and the line -------------------------------------------------------------------------------
+
+    def _node_started(self, event: ev.NodeStarted, now: float) -> None:
+        for spec in event.slots:
+            self.slots.add(spec)
+        self._out.append(
+            fx.WashSlots(session_id=None, fence=0, slot_ids=tuple(s.id for s in event.slots), grace=0.0)
+        )
+
+    def _join_line(self, session: Session, now: float) -> None:
+        self.line.join(session)
+        self._assign(now)
+        if session.state is SessionState.WAITING:
+            self._timers.set(Alarm.GPU_WAIT, session.id, now + self.rules.gpu_wait_max)
+            for task_id in session.queue:
+                self._tell(notices.connection(task_id, "queued", session))
+            self._tell_positions(self.line)
+
+    def _assign(self, now: float) -> None:
+        """Start whoever may start now, in the order of the line."""
+        moved = False
+        while (start := self.line.next_start(self.slots)) is not None:
+            session, slot_ids = start
+            self.line.leave(session.id)
+            self._lease(session, slot_ids, now)
+            moved = True
+        if moved:
+            self._tell_positions(self.line)
+
+    def _lease(self, session: Session, slot_ids: tuple[str, ...], now: float) -> None:
+        session.fence = self._take_fence()
+        session.slot_ids = slot_ids
+        self.slots.lease(slot_ids, session.id, session.fence)
+        session.move(SessionState.PREPARING, f"leased {', '.join(slot_ids)} under fence {session.fence}")
+        session.max_deadline = now + self.rules.max_lifetime
+        self._timers.cancel(Alarm.GPU_WAIT, session.id)
+        self._timers.set(Alarm.LIFETIME, session.id, session.max_deadline)
+        self._timers.set(Alarm.START, session.id, now + session.workload.start_timeout)
+        for task_id in session.queue:
+            self._tell(notices.connection(task_id, "allocated", session))
+        self._out.append(fx.StartWorker(session_id=session.id, fence=session.fence, slot_ids=slot_ids))
+
+    def _gpu_wait_over(self, session_id: str, now: float) -> None:
+        session = self.sessions[session_id]
+        failure = Failure(
+            code=FailureCode.GPU_WAIT_TIMEOUT,
+            message=f"no GPU became free within {self.rules.gpu_wait_max:g} s",
+        )
+        self._end(session, CloseReason.NO_AVAILABLE_GPU, failure, now, tasks_become=TaskState.TIMEOUT)
+
+    def _wash_passed(self, event: ev.WashPassed, now: float) -> None:
+        self.slots.free(event.certificate)
+        self._assign(now)
+
+    def _wash_failed(self, event: ev.WashFailed, now: float) -> None:
+        for slot_id in event.slot_ids:
+            slot = self.slots[slot_id]
+            if slot.fence == event.fence and slot.state is SlotState.WASHING:
+                self.slots.quarantine(slot_id, event.reason)
+        session = self.sessions.get(event.session_id or "")
+        if session is not None and not session.ended:
+            session.failure = Failure(code=FailureCode.NOT_CLEANED, message=event.reason)
+            self._close(session, SessionState.FAILED, now)
+
+    def _slot_checked(self, event: ev.SlotChecked, now: float) -> None:
+        if event.slot_id in self.slots:
+            self.slots.report_fault(event.slot_id, event.fault)
+
+    def _slot_wash_ordered(self, event: ev.SlotWashOrdered, now: float) -> None:
+        if event.slot_id not in self.slots or self.slots[event.slot_id].state is not SlotState.QUARANTINED:
+            raise Refusal(RefusalCode.NOT_FOUND, f"no slot {event.slot_id} is in quarantine")
+        fence = self._take_fence()
+        self.slots.rewash(event.slot_id, fence)
+        self._out.append(fx.WashSlots(session_id=None, fence=fence, slot_ids=(event.slot_id,), grace=0.0))
+
+    # -- workers ------------------------------------------------------------------------------------------
+
+    def _stage_reached(self, event: ev.StageReached, now: float) -> None:
+        session = self._session_in(event.session_id, SessionState.PREPARING)
+        if session is None:
+            return
+        if event.stage == "loading" and session.stage != "loading":
+            self._tell(*(notices.worker(t, "loading", session) for t in session.queue))
+        session.stage = event.stage
+        self._tell(*(notices.progress(t, event.stage, event.done, event.total) for t in session.queue))
+
+    def _worker_created(self, event: ev.WorkerCreated, now: float) -> None:
+        session = self._session_in(event.session_id, SessionState.PREPARING)
+        if session is not None:
+            session.container_id = event.container_id
+            self._tell(*(notices.worker(t, "created", session) for t in session.queue))
+
+    def _worker_ready(self, event: ev.WorkerReady, now: float) -> None:
+        session = self._session_in(event.session_id, SessionState.PREPARING)
+        if session is None:
+            return
+        session.stage = None
+        self._timers.cancel(Alarm.START, session.id)
+        session.move(SessionState.READY, "worker is ready")
+        self._start_tasks(session, now)
+        self._tell_positions([session])
+
+    def _worker_lost(self, event: ev.WorkerLost, now: float) -> None:
+        session = self.sessions.get(event.session_id)
+        if session is None or session.ended or session.tearing_down:
+            return
+        session.log_tail = event.log_tail
+        self._end(session, event.reason, event.failure, now)
+
+    def _container_gone(self, event: ev.ContainerGone, now: float) -> None:
+        session = self._session_in(event.session_id, SessionState.DRAINING)
+        if session is not None:
+            failed = session.close_reason in FAILED_REASONS
+            self._close(session, SessionState.FAILED if failed else SessionState.CLOSED, now)
+
+    def _start_over(self, session_id: str, now: float) -> None:
+        session = self.sessions[session_id]
+        failure = Failure(
+            code=FailureCode.START_TIMEOUT,
+            message=f"the worker was not ready after {session.workload.start_timeout:g} s"
+            f" (stage {session.stage})",
+        )
+        self._end(session, CloseReason.START_FAILED, failure, now)
+
+    # -- sessions -----------------------------------------------------------------------------------------
+
+    def _new_session(
+        self,
+        session_id: str,
+        tenant: str,
+        workload: Workload,
+        tier: Tier,
+        task_type: TaskType,
+        now: float,
+        *,
+        asked_for: bool = False,
+    ) -> Session:
+        session = self.sessions[session_id] = Session(
+            id=session_id,
+            tenant=tenant,
+            workload=workload,
+            tier=tier,
+            task_type=task_type,
+            created_at=now,
+            asked_for=asked_for,
+        )
+        return session
+
+    def _set_idle(self, session: Session, deadline: float | None) -> None:
+        """Run or stop the idle clock. The lifetime has the last word: idling cannot outlast it."""
+        if deadline is None or session.max_deadline is None:
+            session.idle_deadline = None
+            self._timers.cancel(Alarm.IDLE, session.id)
+            return
+        session.idle_deadline = min(deadline, session.max_deadline)
+        self._timers.set(Alarm.IDLE, session.id, session.idle_deadline)
+
+    def _idle_over(self, session_id: str, now: float) -> None:
+        session = self.sessions[session_id]
+        at_lifetime = session.idle_deadline == session.max_deadline
+        reason = CloseReason.MAX_LIFETIME if at_lifetime else CloseReason.IDLE_TIMEOUT
+        self._end(session, reason, _LIFETIME, now)
+
+    def _lifetime_over(self, session_id: str, now: float) -> None:
+        session = self.sessions[session_id]
+        if session.state is not SessionState.WORKING:
+            self._end(session, CloseReason.MAX_LIFETIME, _LIFETIME, now)
+            return
+        session.close_reason = CloseReason.MAX_LIFETIME
+        session.move(SessionState.DRAINING, "lifetime over, running tasks have their grace")
+        for task_id in list(session.queue):
+            self._finish(self.tasks[task_id], TaskState.FAILED, now, _LIFETIME)
+        self._timers.set(Alarm.DRAIN, session.id, now + self.rules.lifetime_grace)
+
+    def _drain_over(self, session_id: str, now: float) -> None:
+        self._end(self.sessions[session_id], CloseReason.MAX_LIFETIME, _LIFETIME, now)
+
+    def _end(
+        self,
+        session: Session,
+        reason: CloseReason,
+        failure: Failure,
+        now: float,
+        *,
+        tasks_become: TaskState = TaskState.FAILED,
+    ) -> None:
+        """End a session: its tasks now, its container and slots by the wash. Ending twice is ending once."""
+        if session.ended or session.tearing_down:
+            return
+        session.close_reason = session.close_reason or reason
+        if reason in FAILED_REASONS:
+            session.failure = failure
+        session.tearing_down = True
+        for task_id in [*session.busy, *session.queue]:
+            self._finish(self.tasks[task_id], tasks_become, now, failure)
+            self._timers.cancel(Alarm.CANCEL, task_id)
+        session.busy.clear()
+        for alarm in (Alarm.GPU_WAIT, Alarm.START, Alarm.LIFETIME, Alarm.DRAIN):
+            self._timers.cancel(alarm, session.id)
+        self._set_idle(session, None)
+        if session.state is SessionState.WAITING:
+            self.line.leave(session.id)
+            self._close(session, SessionState.FAILED if session.failure else SessionState.CLOSED, now)
+            self._assign(now)
+            self._tell_positions(self.line)
+            return
+        if session.state is not SessionState.DRAINING:
+            session.move(SessionState.DRAINING, f"{session.close_reason}")
+        self.slots.wash(session.slot_ids, f"{session.id} ended: {session.close_reason}")
+        grace = self.rules.stop_grace
+        self._out.append(
+            fx.WashSlots(session_id=session.id, fence=session.fence, slot_ids=session.slot_ids, grace=grace)
+        )
+
+    def _close(self, session: Session, state: SessionState, now: float) -> None:
+        session.move(state, f"{session.close_reason}")
+        session.closed_at = now
+        self._timers.set(Alarm.FORGET_SESSION, session.id, now + self.rules.tombstone_retention)
+
+    def _forget_session(self, session_id: str, now: float) -> None:
+        del self.sessions[session_id]
+        self._out.append(fx.ForgetSession(session_id=session_id))
+
+    # -- tasks --------------------------------------------------------------------------------------------
+
+    def _start_tasks(self, session: Session, now: float, *, announced: str | None = None) -> None:
+        """Start queued tasks, oldest first, while the worker has room; then set the state and the idle clock.
+
+        `announced` is the task whose `session_ready` is already published.
+        """
+        while session.queue and len(session.busy) < session.workload.max_concurrent_tasks:
+            task = self.tasks[session.queue.popleft()]
+            session.busy[task.id] = None
+            task.move(TaskState.RUNNING, f"sent to {session.id}")
+            task.started_at, task.position = now, None
+            self._timers.set(Alarm.TASK, task.id, now + task.timeout)
+            if task.id != announced:
+                self._tell(notices.connection(task.id, "session_ready", session))
+            self._tell(notices.worker(task.id, "working", session))
+            self._out.append(fx.SendTask(session_id=session.id, task_id=task.id))
+        if session.busy and session.state is SessionState.READY:
+            session.move(SessionState.WORKING, "a task runs")
+            self._set_idle(session, None)
+        elif not session.busy:
+            if session.state is SessionState.WORKING:
+                session.move(SessionState.READY, "no task is left")
+            self._set_idle(session, now + self.rules.idle_timeout)
+
+    def _task_ended(self, event: ev.TaskEnded, now: float) -> None:
+        session, task = self.sessions.get(event.session_id), self.tasks.get(event.task_id)
+        if session is None or task is None or event.task_id not in session.busy:
+            return
+        del session.busy[event.task_id]
+        self._timers.cancel(Alarm.CANCEL, event.task_id)
+        survives = session.state is SessionState.WORKING and session.task_type is TaskType.SESSION
+        if not task.ended:
+            if survives:
+                self._tell(notices.worker(task.id, "waiting", session))
+            self._finish(task, event.state, now, event.failure, event.usage)
+        if survives:
+            self._start_tasks(session, now)
+            self._tell_positions([session])
+        elif not session.busy:
+            self._end(session, CloseReason.ONEOFF_DONE, _LIFETIME, now)
+
+    def _stop_task(self, task: Task, state: TaskState, failure: Failure, now: float) -> None:
+        """End a task from outside. Its place in the worker is free only when the worker says so."""
+        if task.ended:
+            return
+        session = self.sessions[task.session_id]
+        was_running = task.state is TaskState.RUNNING
+        self._finish(task, state, now, failure)
+        if session.task_type is TaskType.ONEOFF:
+            self._end(session, CloseReason.ONEOFF_DONE, failure, now)
+        elif was_running:
+            self._out.append(fx.CancelTask(session_id=session.id, task_id=task.id))
+            self._timers.set(Alarm.CANCEL, task.id, now + self.rules.cancel_grace)
+        elif session.state is SessionState.WAITING and not session.queue and not session.asked_for:
+            self._end(session, CloseReason.ABANDONED, failure, now)
+        else:
+            self._tell_positions(self.line if session.state is SessionState.WAITING else [session])
+
+    def _task_over(self, task_id: str, now: float) -> None:
+        task = self.tasks[task_id]
+        message = f"the task ran longer than its {task.timeout:g} s"
+        failure = Failure(code=FailureCode.TASK_TIMEOUT, message=message)
+        self._stop_task(task, TaskState.TIMEOUT, failure, now)
+
+    def _cancel_over(self, task_id: str, now: float) -> None:
+        session = self.sessions[self.tasks[task_id].session_id]
+        failure = Failure(
+            code=FailureCode.CANCEL_IGNORED,
+            message=f"the worker did not stop task {task_id} within {self.rules.cancel_grace:g} s",
+        )
+        self._end(session, CloseReason.WORKER_MISBEHAVED, failure, now)
+
+    def _finish(
+        self,
+        task: Task,
+        state: TaskState,
+        now: float,
+        failure: Failure | None = None,
+        usage: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The one place where a task ends, and so the one place that publishes `task_finish`."""
+        if task.ended:
+            return
+        if task.state is TaskState.QUEUED:
+            self.sessions[task.session_id].queue.remove(task.id)
+        task.move(state, failure.code if failure else "done")
+        task.finished_at, task.failure, task.usage, task.position = now, failure, usage, None
+        self.sessions[task.session_id].tasks_done += 1
+        self._timers.cancel(Alarm.TASK, task.id)
+        self._timers.cancel(Alarm.DISCONNECT, task.id)
+        self._timers.set(Alarm.FORGET_TASK, task.id, now + self.rules.task_retention)
+        self._tell(*notices.finish(task))
+
+    def _forget_task(self, task_id: str, now: float) -> None:
+        task = self.tasks[task_id]
+        session = self.sessions.get(task.session_id)
+        if session is not None and task_id in session.busy:
+            later = max(self.rules.task_retention, self.rules.cancel_grace)
+            self._timers.set(Alarm.FORGET_TASK, task_id, now + later)
+            return
+        del self.tasks[task_id]
+        self._out.append(fx.ForgetTask(task_id=task_id))
+
+    # -- time and the end ---------------------------------------------------------------------------------
+
+    def _tick(self, event: ev.Tick, now: float) -> None:
+        while (due := self._timers.pop_due(now)) is not None:
+            alarm, entity_id = due
+            self._alarms[alarm](entity_id, now)
+
+    def _shutdown_ordered(self, event: ev.ShutdownOrdered, now: float) -> None:
+        self.shutting_down = True
+        for session in reversed(list(self.live_sessions())):  # so that nobody moves up the line meanwhile
+            self._end(session, CloseReason.SHUTDOWN, _SHUTDOWN, now)
+
+    # -- small things -------------------------------------------------------------------------------------
+
+    def _take_fence(self) -> int:
+        fence, self._next_fence = self._next_fence, self._next_fence + 1
+        return fence
+
+    def _tell(self, *notices: fx.Publish) -> None:
+        self._out.extend(notices)
+
+    def _tell_positions(self, sessions: WaitLine | list[Session]) -> None:
+        """Tell queued tasks their place where it has changed: in the line, or in their session's queue."""
+        for ahead, session in enumerate(sessions):
+            if session.state is SessionState.PREPARING:
+                continue
+            for index, task_id in enumerate(session.queue):
+                task = self.tasks[task_id]
+                position = index + 1 + (ahead if session.state is SessionState.WAITING else 0)
+                if task.position != position:
+                    task.position = position
+                    self._tell(notices.queue(task))
+
+    def _session_in(self, session_id: str, state: SessionState) -> Session | None:
+        """The session, if it is in `state`; news for a session that has moved on is old news."""
+        session = self.sessions.get(session_id)
+        return session if session is not None and session.state is state else None
+
+
+_KILLED = Failure(code=FailureCode.SESSION_KILLED, message="the session was killed")
+_CANCELLED = Failure(code=FailureCode.TASK_CANCELLED, message="the task was cancelled")
+_CLIENT_GONE = Failure(code=FailureCode.CLIENT_GONE, message="no client was reading the task's events")
+_LIFETIME = Failure(code=FailureCode.SESSION_LIFETIME, message="the session reached its maximum lifetime")
+_SHUTDOWN = Failure(code=FailureCode.SHUTDOWN, message="the service is shutting down")

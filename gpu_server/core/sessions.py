@@ -1,0 +1,199 @@
+"""Sessions and tasks: their states, tables and fields. `node.py` is their only writer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from gpu_server.core.errors import Failure, ImpossibleTransition
+from gpu_server.core.slots import Tier
+
+
+class SessionState(StrEnum):
+    WAITING = "waiting"
+    PREPARING = "preparing"
+    READY = "ready"
+    WORKING = "working"
+    DRAINING = "draining"
+    CLOSED = "closed"
+    FAILED = "failed"
+
+
+# A session that had a container always goes through draining: it ends only when the container is gone.
+SESSION_TRANSITIONS: Mapping[SessionState, frozenset[SessionState]] = {
+    SessionState.WAITING: frozenset({SessionState.PREPARING, SessionState.CLOSED, SessionState.FAILED}),
+    SessionState.PREPARING: frozenset({SessionState.READY, SessionState.DRAINING}),
+    SessionState.READY: frozenset({SessionState.WORKING, SessionState.DRAINING}),
+    SessionState.WORKING: frozenset({SessionState.READY, SessionState.DRAINING}),
+    SessionState.DRAINING: frozenset({SessionState.CLOSED, SessionState.FAILED}),
+    SessionState.CLOSED: frozenset(),
+    SessionState.FAILED: frozenset(),
+}
+
+
+class CloseReason(StrEnum):
+    IDLE_TIMEOUT = "idle_timeout"
+    MAX_LIFETIME = "max_lifetime"
+    KILLED = "killed"
+    ONEOFF_DONE = "oneoff_done"
+    WORKER_EXITED = "worker_exited"
+    WORKER_MISBEHAVED = "worker_misbehaved"
+    START_FAILED = "start_failed"
+    NO_AVAILABLE_GPU = "no_available_gpu"
+    ABANDONED = "abandoned"
+    SHUTDOWN = "shutdown"
+
+
+FAILED_REASONS = frozenset(
+    {
+        CloseReason.WORKER_EXITED,
+        CloseReason.WORKER_MISBEHAVED,
+        CloseReason.START_FAILED,
+        CloseReason.NO_AVAILABLE_GPU,
+    }
+)
+
+
+class TaskState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+
+
+ENDED = frozenset({TaskState.COMPLETED, TaskState.FAILED, TaskState.TIMEOUT, TaskState.CANCELLED})
+
+TASK_TRANSITIONS: Mapping[TaskState, frozenset[TaskState]] = {
+    TaskState.QUEUED: frozenset(
+        {TaskState.RUNNING, TaskState.FAILED, TaskState.TIMEOUT, TaskState.CANCELLED}
+    ),
+    TaskState.RUNNING: ENDED,
+    **{state: frozenset() for state in ENDED},
+}
+
+
+class TaskType(StrEnum):
+    """`session` tasks run in a session that outlives them, `oneoff` tasks in one that closes after them."""
+
+    SESSION = "session"
+    ONEOFF = "oneoff"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What the decisions need to know of a preset."""
+
+    model_id: str
+    task_preset: str
+    serves_sessions: bool = True
+    gpus: int = 1
+    max_concurrent_tasks: int = 1
+    start_timeout: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """The limits that the decisions follow. Times in seconds."""
+
+    idle_timeout: float = 300.0
+    max_lifetime: float = 3600.0
+    session_queue_max: int = 5
+    gpu_wait_max: float = 600.0
+    gpu_wait_max_tasks: int = 100
+    stop_grace: float = 10.0
+    cancel_grace: float = 10.0
+    lifetime_grace: float = 30.0
+    disconnect_grace: float = 30.0
+    task_retention: float = 600.0
+    tombstone_retention: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expiry:
+    """When a session will end if nothing happens, in the node's seconds; None: that clock stands still."""
+
+    idle_deadline: float | None
+    max_deadline: float | None
+    effective: float | None
+    reason: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """A container, its lease, its queue and its deadlines; one tenant's."""
+
+    id: str
+    tenant: str
+    workload: Workload
+    tier: Tier
+    task_type: TaskType
+    created_at: float
+    asked_for: bool  # made by its own request, not by a first task: it waits and idles without tasks
+    state: SessionState = SessionState.WAITING
+    stage: str | None = None
+    fence: int = 0
+    slot_ids: tuple[str, ...] = ()
+    container_id: str | None = None
+    idle_deadline: float | None = None
+    max_deadline: float | None = None
+    queue: deque[str] = field(default_factory=deque)
+    busy: dict[str, None] = field(default_factory=dict)
+    tearing_down: bool = False
+    tasks_done: int = 0
+    close_reason: CloseReason | None = None
+    failure: Failure | None = None
+    closed_at: float | None = None
+    log_tail: str = ""
+    history: list[str] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in (SessionState.CLOSED, SessionState.FAILED)
+
+    @property
+    def accepts_tasks(self) -> bool:
+        return not self.ended and self.state is not SessionState.DRAINING
+
+    def move(self, to: SessionState, why: str) -> None:
+        """Follow the table; raises `ImpossibleTransition` with the recent history otherwise."""
+        if to not in SESSION_TRANSITIONS[self.state]:
+            raise ImpossibleTransition("session", self.id, self.state, to, self.history)
+        self.history.append(f"{self.state}->{to}: {why}")
+        del self.history[:-16]
+        self.state = to
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """One request. Its input and its output live elsewhere; this is what the decisions need."""
+
+    id: str
+    session_id: str
+    tenant: str
+    task_type: TaskType
+    timeout: float
+    created_at: float
+    state: TaskState = TaskState.QUEUED
+    started_at: float | None = None
+    finished_at: float | None = None
+    position: int | None = None
+    readers: int = 0
+    failure: Failure | None = None
+    usage: Mapping[str, Any] | None = None
+    history: list[str] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def move(self, to: TaskState, why: str) -> None:
+        """Follow the table; raises `ImpossibleTransition` with the recent history otherwise."""
+        if to not in TASK_TRANSITIONS[self.state]:
+            raise ImpossibleTransition("task", self.id, self.state, to, self.history)
+        self.history.append(f"{self.state}->{to}: {why}")
+        self.state = to

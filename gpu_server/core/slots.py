@@ -1,0 +1,192 @@
+"""Slots: what can be leased, who holds it, and the only way back to free.
+
+A slot is one GPU (or a CPU stand-in). Its machine is the table below. `Slots.free` is the one function that
+leads from washing to free, and it takes a `Certificate`, never a flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gpu_server.core.errors import CertificateRejected, ImpossibleTransition
+
+
+class Tier(StrEnum):
+    """Difficulty tier of a task, and of the slots that may serve it."""
+
+    LOW = "low"
+    HIGH = "high"
+
+
+BOTH_TIERS = frozenset(Tier)
+
+
+class SlotState(StrEnum):
+    FREE = "free"
+    LEASED = "leased"
+    WASHING = "washing"
+    QUARANTINED = "quarantined"
+
+
+SLOT_TRANSITIONS: Mapping[SlotState, frozenset[SlotState]] = {
+    SlotState.FREE: frozenset({SlotState.LEASED, SlotState.QUARANTINED}),
+    SlotState.LEASED: frozenset({SlotState.WASHING}),
+    SlotState.WASHING: frozenset({SlotState.FREE, SlotState.QUARANTINED}),
+    SlotState.QUARANTINED: frozenset({SlotState.WASHING}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotSpec:
+    """What the inventory found: one allocatable device.
+
+    `uuid` is the device's own ("GPU-..." from NVML, "CPU-..." for a stand-in); containers get it by this
+    name, never by count or index. `memory_mb` is in MiB, 0 where unknown.
+    """
+
+    id: str
+    uuid: str
+    name: str
+    memory_mb: int
+    is_gpu: bool
+    tiers: frozenset[Tier] = BOTH_TIERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """Proof that the wash of one slot passed. Only this value frees a slot.
+
+    `kind` says what was verified: "teardown" means that the container and its run folder are gone.
+    `fence` is that of the lease that ended or of the operator's wash, 0 for the wash at start.
+    """
+
+    kind: str
+    slot_id: str
+    slot_uuid: str
+    fence: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Slot:
+    """One slot's state, written by `Slots` alone. Born washing: nobody knows what it holds."""
+
+    spec: SlotSpec
+    state: SlotState = SlotState.WASHING
+    holder: str | None = None
+    fence: int = 0
+    fault: str | None = None
+    history: list[str] = field(default_factory=list)
+
+
+class Slots:
+    """The slots of this node. Free ones are indexed by their tiers, so allocation reads no others."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, Slot] = {}
+        self._free: dict[frozenset[Tier], dict[str, None]] = {}
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
+
+    def __getitem__(self, slot_id: str) -> Slot:
+        return self._slots[slot_id]
+
+    def __contains__(self, slot_id: str) -> bool:
+        return slot_id in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def free_count(self) -> int:
+        return sum(map(len, self._free.values()))
+
+    def add(self, spec: SlotSpec) -> Slot:
+        """Take a device into service. It starts in washing and waits for its first certificate."""
+        slot = self._slots[spec.id] = Slot(spec=spec)
+        return slot
+
+    def serving(self, tier: Tier) -> int:
+        """How many slots could ever serve `tier`, whatever state they are in."""
+        return sum(tier in slot.spec.tiers for slot in self)
+
+    def choose(self, count: int, tier: Tier, reserved: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """The free slots a lease of `count` would take, or as many as there are: the caller compares lengths.
+
+        Slots that serve this tier alone go first, so that the ones that serve both stay open for either.
+        """
+        found: list[str] = []
+        for tiers in (frozenset({tier}), BOTH_TIERS):
+            for slot_id in self._free.get(tiers, ()):
+                if len(found) == count:
+                    return tuple(found)
+                if slot_id not in reserved:
+                    found.append(slot_id)
+        return tuple(found)
+
+    def lease(self, slot_ids: Iterable[str], session_id: str, fence: int) -> None:
+        """Give free slots to a session under a fence."""
+        for slot_id in slot_ids:
+            slot = self._move(slot_id, SlotState.LEASED, f"lease {fence} of {session_id}")
+            slot.holder, slot.fence = session_id, fence
+
+    def wash(self, slot_ids: Iterable[str], why: str) -> None:
+        """Take slots away from their holder; they are nobody's until a certificate comes."""
+        for slot_id in slot_ids:
+            self._move(slot_id, SlotState.WASHING, why)
+
+    def free(self, certificate: Certificate) -> None:
+        """Free the slot that this certificate proves clean.
+
+        Raises `CertificateRejected` when it is for another device, another lease or a slot that is not being
+        washed. A slot whose health went bad meanwhile goes to quarantine instead.
+        """
+        slot = self._slots.get(certificate.slot_id)
+        if slot is None:
+            raise CertificateRejected(certificate.slot_id, "no such slot")
+        if slot.state is not SlotState.WASHING:
+            raise CertificateRejected(slot.spec.id, f"the slot is {slot.state}, no wash was ordered")
+        if certificate.slot_uuid != slot.spec.uuid:
+            raise CertificateRejected(slot.spec.id, f"it names device {certificate.slot_uuid}")
+        if certificate.fence != slot.fence:
+            raise CertificateRejected(slot.spec.id, f"fence {certificate.fence}, ordered was {slot.fence}")
+        if slot.fault is not None:
+            self.quarantine(slot.spec.id, slot.fault)
+            return
+        self._move(slot.spec.id, SlotState.FREE, f"certificate {certificate.kind} for {certificate.fence}")
+        slot.holder = None
+
+    def quarantine(self, slot_id: str, reason: str) -> None:
+        """Lock a slot away after a negative finding; only a wash that passes brings it back."""
+        slot = self._move(slot_id, SlotState.QUARANTINED, reason)
+        slot.fault, slot.holder = reason, None
+
+    def report_fault(self, slot_id: str, reason: str | None) -> None:
+        """Note what a health check found. A free slot is quarantined at once, others after their wash."""
+        slot = self._slots[slot_id]
+        if slot.state is SlotState.QUARANTINED:
+            return
+        slot.fault = reason
+        if reason is not None and slot.state is SlotState.FREE:
+            self.quarantine(slot_id, reason)
+
+    def rewash(self, slot_id: str, fence: int) -> None:
+        """An operator asks for another wash of a quarantined slot. It has a fence of its own: a late
+        certificate of an earlier wash must not free the slot in the middle of this one."""
+        slot = self._move(slot_id, SlotState.WASHING, f"operator asked for wash {fence}")
+        slot.fault, slot.fence = None, fence
+
+    def _move(self, slot_id: str, to: SlotState, why: str) -> Slot:
+        slot = self._slots[slot_id]
+        if to not in SLOT_TRANSITIONS[slot.state]:
+            raise ImpossibleTransition("slot", slot_id, slot.state, to, slot.history)
+        if slot.state is SlotState.FREE:
+            del self._free[slot.spec.tiers][slot_id]
+        elif to is SlotState.FREE:
+            self._free.setdefault(slot.spec.tiers, {})[slot_id] = None
+        slot.history.append(f"{slot.state}->{to}: {why}")
+        del slot.history[:-16]
+        slot.state = to
+        return slot

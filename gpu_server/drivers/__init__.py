@@ -1,0 +1,1 @@
+"""The real side of every port: containers, devices, model folders, time."""

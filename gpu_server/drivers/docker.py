@@ -1,0 +1,392 @@
+"""Workers as sibling containers of a Docker engine.
+
+The driver keeps no state: names and labels of containers are the truth. Every SDK call runs in a small pool
+of threads of its own and returns soon; what takes long is waited for elsewhere: a worker's exit on the one
+events stream, an image's download in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final, Literal, TypeVar
+
+from docker import APIClient
+from docker.errors import APIError, ImageNotFound, NotFound
+
+from gpu_server.core.errors import FailureCode
+from gpu_server.drivers.blocking import call_in_thread
+from gpu_server.drivers.docker_api import (
+    ENGINE_ERRORS,
+    attach,
+    connect,
+    create_container,
+    inspect_image,
+    short,
+)
+from gpu_server.drivers.docker_body import (
+    LABEL_FENCE,
+    LABEL_INSTANCE,
+    LABEL_SESSION,
+    container_body,
+    labels,
+    seccomp_profile,
+)
+from gpu_server.drivers.docker_events import ExitListener
+from gpu_server.drivers.docker_holders import foreign_gpu_holders
+from gpu_server.drivers.docker_images import image_missing, pull
+from gpu_server.drivers.docker_output import AttachedOutput
+from gpu_server.ports import (
+    CreatedWorker,
+    RuntimeUnreachable,
+    SeenWorker,
+    StartRefused,
+    WorkerExit,
+    WorkerSpec,
+)
+
+T = TypeVar("T")
+
+_CONFLICT: Final = 409
+_UNAVAILABLE: Final = 503
+_NEVER_STARTED: Final = "0001-01-01T00:00:00Z"
+_THREADS: Final = 8
+
+
+class DockerRuntime:
+    """`ContainerRuntime` over the Docker Engine API, for the containers labelled with `instance`.
+
+    `docker_host` is a URL as in DOCKER_HOST (None: the local socket); attaching needs a unix socket or plain
+    TCP. `call_timeout` bounds one API call, `pull_timeout` the download of an image, both in seconds.
+    """
+
+    name: Literal["docker", "process"] = "docker"
+
+    def __init__(
+        self,
+        instance: str,
+        docker_host: str | None = None,
+        call_timeout: float = 30,
+        pull_timeout: float = 600,
+    ) -> None:
+        self.warnings: tuple[str, ...] = ()
+        self._instance = instance
+        self._docker_host = docker_host
+        self._call_timeout = call_timeout
+        self._pull_timeout = pull_timeout
+        self._seccomp = seccomp_profile()
+        self._client: APIClient | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._listener: ExitListener | None = None
+        self._exits: dict[str, set[asyncio.Event]] = {}
+        self._outputs: weakref.WeakSet[AttachedOutput] = weakref.WeakSet()
+        self._pulls: set[threading.Event] = set()
+
+    async def open(self, heard_exit: Callable[[WorkerExit], None]) -> None:
+        """Connect and listen. Exits that happened before are heard too, once, as missed ones."""
+        if self._pool is not None:
+            raise RuntimeError("this runtime is open already")
+        loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
+        try:
+            self._client = await self._submit(self._connect)
+            self.warnings = _warnings(await self._call(lambda client: client.info()))
+        except APIError as error:
+            await self.close()
+            raise RuntimeUnreachable(short(error)) from error
+        except BaseException:
+            await self.close()
+            raise
+
+        def on_loop(container_id: str, worker_exit: WorkerExit) -> None:
+            for waiting in self._exits.get(container_id, ()):
+                waiting.set()
+            heard_exit(worker_exit)
+
+        def in_thread(container_id: str, worker_exit: WorkerExit) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(on_loop, container_id, worker_exit)
+
+        self._listener = ExitListener(self._connect, self._instance, in_thread)
+        self._listener.start()
+
+    async def close(self) -> None:
+        """Stop listening and let go of every connection. Containers are left as they are."""
+        listener, self._listener = self._listener, None
+        pool, self._pool = self._pool, None
+        client, self._client = self._client, None
+        for stop in self._pulls:
+            stop.set()
+        for output in list(self._outputs):
+            output.close()
+        if listener is not None:
+            await asyncio.to_thread(listener.close, 5.0)
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if client is not None:
+            client.close()
+
+    async def ping(self) -> None:
+        """Ask the engine for a sign of life. Raises `RuntimeUnreachable`."""
+        with _unreachable():
+            await self._call(lambda client: client.ping())
+
+    async def require_image(self, image: str) -> None:
+        """See the port. An image that is not there is pulled once, for at most `pull_timeout` seconds."""
+        with _unreachable():
+            try:
+                await self._call(lambda client: inspect_image(client, image))
+            except ImageNotFound:
+                pass
+            else:
+                return
+        stop = threading.Event()
+        self._pulls.add(stop)
+        try:
+            problem = await call_in_thread(
+                lambda: pull(self._connect, image, stop), limit=self._pull_timeout, name="docker-pull"
+            )
+        except TimeoutError:
+            problem = f"the download took longer than {self._pull_timeout:.0f} s"
+        finally:
+            stop.set()
+            self._pulls.discard(stop)
+        if problem is not None:
+            raise image_missing(image, problem)
+
+    async def create(self, spec: WorkerSpec) -> CreatedWorker:
+        """See the port. The output must be read: the engine holds back a worker nobody listens to."""
+        with _refused():
+            container_id, connection = await self._call(
+                lambda client: self._create(client, spec), discard=lambda created: created[1].close()
+            )
+        output = AttachedOutput(connection)
+        self._outputs.add(output)
+        return CreatedWorker(name=spec.name, container_id=container_id, output=output)
+
+    async def start(self, name: str) -> None:
+        """See the port."""
+
+        def start(client: APIClient) -> None:
+            found = self._find(client, name)
+            if found is None:
+                raise StartRefused(FailureCode.START_FAILED, f"there is no worker {name} to start")
+            client.start(found["Id"])
+
+        with _refused():
+            await self._call(start)
+
+    async def remove(self, name: str, *, grace: float) -> None:
+        """See the port."""
+        with _unreachable():
+            found = await self._call(lambda client: self._find(client, name))
+            if found is None:
+                return
+            container_id = str(found["Id"])
+            if found["State"]["Running"] and grace > 0:
+                await self._terminate(container_id, grace)
+            await self._remove_for_certain(container_id)
+
+    async def list_workers(self) -> tuple[SeenWorker, ...]:
+        """See the port."""
+
+        def listed(client: APIClient) -> list[dict[str, Any]]:
+            label = f"{LABEL_INSTANCE}={self._instance}"
+            found: list[dict[str, Any]] = client.containers(all=True, filters={"label": label})
+            return found
+
+        with _unreachable():
+            return tuple(_seen(container) for container in await self._call(listed))
+
+    async def foreign_gpu_holders(self) -> Mapping[str, str]:
+        """See the port. A GPU is named as that container named it: UUID or its prefix, index, or "all"."""
+
+        def inspected(client: APIClient) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = []
+            for container in client.containers():
+                if (container.get("Labels") or {}).get(LABEL_INSTANCE) == self._instance:
+                    continue
+                with contextlib.suppress(NotFound):
+                    found.append(client.inspect_container(container["Id"]))
+            return found
+
+        with _unreachable():
+            return foreign_gpu_holders(await self._call(inspected), self._instance)
+
+    # -- in the pool's threads ----------------------------------------------------------------------------
+
+    def _connect(self) -> APIClient:
+        return connect(self._docker_host, self._call_timeout)
+
+    def _find(self, client: APIClient, name: str) -> dict[str, Any] | None:
+        """The container of that name, if it is this instance's."""
+        try:
+            found: dict[str, Any] = client.inspect_container(name)
+        except NotFound:
+            return None
+        ours = (found["Config"]["Labels"] or {}).get(LABEL_INSTANCE) == self._instance
+        return found if ours and found["Name"].lstrip("/") == name else None
+
+    def _create(self, client: APIClient, spec: WorkerSpec) -> tuple[str, socket.socket]:
+        try:
+            image = inspect_image(client, spec.image)
+        except ImageNotFound as error:
+            raise image_missing(spec.image, "it is not on this machine") from error
+        body = container_body(
+            spec,
+            instance=self._instance,
+            seccomp=self._seccomp,
+            image_volumes=(image.get("Config") or {}).get("Volumes") or (),
+        )
+        try:
+            container_id = create_container(client, body, spec.name)
+        except APIError as error:
+            if error.status_code != _CONFLICT:
+                raise
+            self._make_way(client, spec)
+            container_id = create_container(client, body, spec.name)
+        return container_id, attach(client, container_id)
+
+    def _make_way(self, client: APIClient, spec: WorkerSpec) -> None:
+        """Remove the container that has the name, if it is the same worker and never started."""
+        try:
+            found = client.inspect_container(spec.name)
+        except NotFound:
+            return
+        wanted = labels(spec, self._instance)
+        has = found["Config"]["Labels"] or {}
+        if any(has.get(label) != value for label, value in wanted.items()):
+            raise StartRefused(
+                FailureCode.START_FAILED, f"another container already has the name {spec.name}"
+            )
+        if found["State"]["StartedAt"] != _NEVER_STARTED:
+            raise StartRefused(FailureCode.START_FAILED, f"worker {spec.name} has been started already")
+        with contextlib.suppress(NotFound):
+            client.remove_container(found["Id"], v=True, force=True)
+
+    # -- waiting ------------------------------------------------------------------------------------------
+
+    async def _terminate(self, container_id: str, grace: float) -> None:
+        """SIGTERM, and wait for the exit on the events stream, at most `grace` seconds."""
+        exited = asyncio.Event()
+        self._exits.setdefault(container_id, set()).add(exited)
+        try:
+            async with asyncio.timeout(grace):
+                try:
+                    await self._call(lambda client: client.kill(container_id, "SIGTERM"))
+                except APIError:
+                    return  # not running any more
+                await exited.wait()
+        except TimeoutError:
+            pass
+        finally:
+            waiting = self._exits[container_id]
+            waiting.discard(exited)
+            if not waiting:
+                del self._exits[container_id]
+
+    async def _remove_for_certain(self, container_id: str) -> None:
+        """SIGKILL and remove, until the engine says that there is no such container."""
+        deadline = time.monotonic() + self._call_timeout
+        pause = 0.02
+        problem = "it is still there"
+
+        def attempt(client: APIClient) -> str | None:
+            nonlocal problem
+            try:
+                client.remove_container(container_id, v=True, force=True)
+            except NotFound:
+                pass
+            except APIError as error:  # "already in progress", "device or resource busy"
+                problem = short(error)
+            try:
+                client.inspect_container(container_id)
+            except NotFound:
+                return None
+            return problem
+
+        while await self._call(attempt) is not None:
+            if time.monotonic() > deadline:
+                raise RuntimeUnreachable(f"container {container_id[:12]} cannot be removed: {problem}")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    async def _call(self, do: Callable[[APIClient], T], discard: Callable[[T], None] | None = None) -> T:
+        client = self._client
+        if client is None:
+            raise RuntimeUnreachable("the runtime is not open")
+        return await self._submit(lambda: do(client), discard)
+
+    async def _submit(self, do: Callable[[], T], discard: Callable[[T], None] | None = None) -> T:
+        """Run in the pool, bounded also while all threads are busy; `discard` gets what came late."""
+        if self._pool is None:
+            raise RuntimeUnreachable("the runtime is not open")
+        future = self._pool.submit(do)
+        late = True
+        try:
+            async with asyncio.timeout(self._call_timeout + 5):
+                result = await asyncio.wrap_future(future)
+            late = False
+        except APIError:
+            raise
+        except TimeoutError as error:
+            raise RuntimeUnreachable("the Docker engine did not answer in time") from error
+        except ENGINE_ERRORS as error:
+            raise RuntimeUnreachable(f"the Docker engine is not reachable: {short(error)}") from error
+        finally:
+            if late and discard is not None:
+                future.add_done_callback(lambda done: _drop(done, discard))
+        return result
+
+
+def _drop(done: Future[T], discard: Callable[[T], None]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        discard(done.result())
+
+
+def _seen(container: Mapping[str, Any]) -> SeenWorker:
+    has = container["Labels"]
+    fence = has.get(LABEL_FENCE, "")
+    return SeenWorker(
+        name=str(container["Names"][0]).lstrip("/") if container["Names"] else str(container["Id"]),
+        container_id=str(container["Id"]),
+        session_id=has.get(LABEL_SESSION, ""),
+        fence=int(fence) if fence.isdigit() else 0,
+        running=container["State"] in {"running", "paused", "restarting"},
+    )
+
+
+def _warnings(info: Mapping[str, Any]) -> tuple[str, ...]:
+    found: list[str] = []
+    if not any("seccomp" in option for option in info.get("SecurityOptions") or ()):
+        found.append("the Docker engine has no seccomp: workers are not held back from any system call")
+    for key, what in (("MemoryLimit", "memory"), ("SwapLimit", "swap"), ("PidsLimit", "process")):
+        if not info.get(key, True):
+            found.append(f"the Docker engine cannot enforce {what} limits")
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _unreachable() -> Iterator[None]:
+    """Where nothing may be refused, an engine's error answer means that nothing is known."""
+    try:
+        yield
+    except APIError as error:
+        raise RuntimeUnreachable(f"the Docker engine answered: {short(error)}") from error
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Where a worker is being started, an engine's error answer is a refusal."""
+    try:
+        yield
+    except APIError as error:
+        if error.status_code == _UNAVAILABLE:
+            raise RuntimeUnreachable(f"the Docker engine answered: {short(error)}") from error
+        raise StartRefused(FailureCode.START_FAILED, short(error)) from error

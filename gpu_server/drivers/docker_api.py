@@ -1,0 +1,58 @@
+"""The few places where the Docker SDK needs a word of its own: connecting, attaching, errors, types."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, Final
+
+import requests
+import urllib3
+from docker import APIClient
+from docker.errors import DockerException
+
+# Everything the SDK raises when the engine does not answer. APIError (it did answer) is one of them, so it is
+# to be caught first where the answer matters.
+ENGINE_ERRORS: Final = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+
+_MESSAGE_LENGTH: Final = 400
+
+
+def connect(docker_host: str | None, timeout: float) -> APIClient:
+    """A client of its own connections, its version agreed with the engine. Raises `ENGINE_ERRORS`."""
+    client = APIClient(base_url=docker_host, timeout=timeout)  # type: ignore[arg-type]
+    client.trust_env = False  # no proxy of the environment stands before the engine
+    return client
+
+
+def inspect_image(client: APIClient, image: str) -> dict[str, Any]:
+    """What the engine knows of an image. Raises `ImageNotFound`."""
+    found: dict[str, Any] = client.inspect_image(image)  # type: ignore[no-untyped-call]
+    return found
+
+
+def create_container(client: APIClient, body: dict[str, Any], name: str) -> str:
+    """Create from a full request body; the new container's id."""
+    created: dict[str, Any] = client.create_container_from_config(body, name)  # type: ignore[no-untyped-call]
+    return str(created["Id"])
+
+
+def attach(client: APIClient, container_id: str) -> socket.socket:
+    """The raw connection of an attach to stdout and stderr, the caller's to close.
+
+    The SDK's response holds the same connection and would close it when collected; it is closed here.
+    """
+    raw: Any = client.attach_socket(container_id, {"stdout": 1, "stderr": 1, "stream": 1, "logs": 0})
+    connection = socket.socket(fileno=os.dup(raw.fileno()))
+    raw._response.close()
+    raw.close()
+    return connection
+
+
+def short(error: Exception) -> str:
+    """An engine's error as one line for people."""
+    return one_line(str(getattr(error, "explanation", None) or error))
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:_MESSAGE_LENGTH]

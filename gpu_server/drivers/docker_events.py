@@ -1,0 +1,167 @@
+"""The one Docker events stream, from which every exit of every worker is heard.
+
+One thread reads it, because the SDK blocks. It never waits for a single container: with a blocking wait for
+each, a small thread pool is full after a few workers and nothing else runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from docker import APIClient
+from docker.errors import NotFound
+from docker.types.daemon import CancellableStream
+
+from gpu_server.drivers.docker_api import ENGINE_ERRORS
+from gpu_server.drivers.docker_body import LABEL_INSTANCE, LABEL_SESSION
+from gpu_server.ports import WorkerExit
+
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
+_REMEMBERED: Final = 10_000
+_KILLED: Final = 137
+_NEVER: Final = "0001-01-01T00:00:00Z"
+
+
+class ExitListener:
+    """Hears the exits of one instance's containers, across restarts of the engine, each container once.
+
+    `heard` is called in the listening thread with the container's id and the exit. Exits from before the
+    first connection, and those that happened while the engine was away, are found by listing.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], APIClient],
+        instance: str,
+        heard: Callable[[str, WorkerExit], None],
+    ) -> None:
+        self._connect = connect
+        self._instance = instance
+        self._heard = heard
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._stream: CancellableStream[dict[str, Any]] | None = None
+        self._told: OrderedDict[str, None] = OrderedDict()
+        self._oom: OrderedDict[str, None] = OrderedDict()
+        # Some seconds back: the answer's headers come before the engine has subscribed us.
+        self._since = int(time.time()) - 10
+        self._pause = _FIRST_PAUSE
+        self._thread = threading.Thread(target=self._run, name="docker-events", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout: float) -> None:
+        """Stop listening; blocks for up to `timeout` seconds until the thread has ended."""
+        self._closing.set()
+        with self._lock:
+            if self._stream is not None:
+                _cut(self._stream)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._listen()
+            except ENGINE_ERRORS:
+                pass
+            except ValueError:
+                pass  # half an event: the engine died while it wrote; the listing finds what it was
+            self._closing.wait(self._pause)
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+    def _listen(self) -> None:
+        client = self._connect()
+        stream: CancellableStream[dict[str, Any]] | None = None
+        try:
+            stream = client.events(
+                since=self._since,
+                filters={
+                    "type": "container",
+                    "label": f"{LABEL_INSTANCE}={self._instance}",
+                    "event": ["oom", "die"],
+                },
+                decode=True,
+            )
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                self._stream = stream
+            self._pause = _FIRST_PAUSE
+            self._tell_missed(client)
+            for event in stream:
+                self._take(client, event)
+        finally:
+            with self._lock:
+                self._stream = None
+                if stream is not None:
+                    _cut(stream)
+            client.close()
+
+    def _tell_missed(self, client: APIClient) -> None:
+        found = client.containers(
+            all=True,
+            filters={"label": f"{LABEL_INSTANCE}={self._instance}", "status": ["exited", "dead"]},
+        )
+        for container in found:
+            container_id = str(container["Id"])
+            if container_id in self._told:
+                continue
+            try:
+                inspect = client.inspect_container(container_id)
+            except NotFound:
+                continue
+            state = inspect["State"]
+            if state["Running"] or state["StartedAt"] == _NEVER:
+                continue
+            labels = inspect["Config"]["Labels"]
+            name = str(inspect["Name"]).lstrip("/")
+            self._tell(container_id, name, labels, int(state["ExitCode"]), oom=bool(state["OOMKilled"]))
+
+    def _take(self, client: APIClient, event: Mapping[str, Any]) -> None:
+        self._since = int(event.get("time") or self._since)
+        actor = event["Actor"]
+        container_id, attributes = str(actor["ID"]), actor["Attributes"]
+        if event["Action"] == "oom":
+            _remember(self._oom, container_id)
+        elif event["Action"] == "die" and container_id not in self._told:
+            exit_code = int(attributes.get("exitCode", "0"))
+            oom = container_id in self._oom
+            if exit_code == _KILLED and not oom:
+                oom = _was_out_of_memory(client, container_id)
+            self._tell(container_id, attributes["name"], attributes, exit_code, oom=oom)
+
+    def _tell(
+        self, container_id: str, name: str, labels: Mapping[str, str], exit_code: int, *, oom: bool
+    ) -> None:
+        _remember(self._told, container_id)
+        self._heard(
+            container_id,
+            WorkerExit(
+                name=name, session_id=labels.get(LABEL_SESSION, ""), exit_code=exit_code, oom_killed=oom
+            ),
+        )
+
+
+def _remember(ids: OrderedDict[str, None], container_id: str) -> None:
+    ids[container_id] = None
+    while len(ids) > _REMEMBERED:
+        ids.popitem(last=False)
+
+
+def _was_out_of_memory(client: APIClient, container_id: str) -> bool:
+    try:
+        return bool(client.inspect_container(container_id)["State"]["OOMKilled"])
+    except ENGINE_ERRORS:
+        return False
+
+
+def _cut(stream: CancellableStream[dict[str, Any]]) -> None:
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # it has ended by itself
+        stream.close()

@@ -1,0 +1,79 @@
+"""What a container writes, from the connection that was attached before it started.
+
+The wire format is that of the Engine API's attach without a terminal: frames of 8 bytes (stream, three zeros,
+big-endian length) and a payload. Nothing is read ahead of the consumer beyond one buffer, so a slow consumer
+slows the worker's writes and never fills this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Final, Self
+
+from gpu_server.ports import Output
+
+_HEADER: Final = struct.Struct(">BxxxL")
+_READ: Final = 64 * 1024
+
+
+class AttachedOutput:
+    """Async iterator over one container's output; it ends with the container, and has one reader.
+
+    Owns `sock` and closes it at the end, on `close()`, or when nobody holds the iterator any more.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._buffer = b""
+        self._left = 0
+        self._stderr = False
+        self._reading = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        while True:
+            if self._left and self._buffer:
+                data, self._buffer = self._buffer[: self._left], self._buffer[self._left :]
+                self._left -= len(data)
+                return Output("stderr" if self._stderr else "stdout", data)
+            if not self._left and len(self._buffer) >= _HEADER.size:
+                stream, self._left = _HEADER.unpack_from(self._buffer)
+                self._stderr = stream == 2
+                self._buffer = self._buffer[_HEADER.size :]
+                continue
+            chunk = await self._receive()
+            if not chunk:
+                self._sock.close()
+                raise StopAsyncIteration
+            self._buffer += chunk
+
+    def close(self) -> None:
+        """Let go of the connection. A reader that waits sees the end; calling it twice is fine."""
+        if not self._reading:
+            self._sock.close()
+            return
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            self._sock.close()
+
+    async def _receive(self) -> bytes:
+        if self._sock.fileno() < 0:
+            return b""
+        self._reading = True
+        try:
+            return await asyncio.get_running_loop().sock_recv(self._sock, _READ)
+        except OSError:
+            return (
+                b""  # the engine went away; what was written after this is lost, the exit is heard elsewhere
+            )
+        finally:
+            self._reading = False
+
+    def __del__(self) -> None:
+        self._sock.close()

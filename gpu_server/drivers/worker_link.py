@@ -1,0 +1,146 @@
+"""Speaks the `http` worker contract over one session's Unix socket, with a worker that may be hostile.
+
+The socket is reached through a descriptor that pins it (see run_folder.py), so a worker that swaps it later
+swaps nothing. Every answer is bounded in size, and everything but a task's stream in time.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+
+from gpu_server.frames import FrameReader, ProtocolFault
+
+MAX_ANSWER_BYTES = 64 * 1024
+_CALL = aiohttp.ClientTimeout(total=5)
+_STREAM = aiohttp.ClientTimeout(total=None, sock_connect=5)
+
+
+class LinkBroken(Exception):
+    """The connection failed or ended early. The task goes on in the worker; attach again."""
+
+
+class TaskRefused(Exception):
+    """The worker answered, and did not take the task."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHealth:
+    """What a worker says of itself. `status` is `loading`, `ready` or `failed`."""
+
+    status: str
+    message: str | None
+    stage: str | None
+    done: float
+    total: float | None
+
+
+class WorkerLink:
+    """One session's worker, reached at `path`.
+
+    `uid` is who must be listening there, or None where the service cannot know.
+    """
+
+    def __init__(self, path: str, *, session_id: str, uid: int | None) -> None:
+        self._path, self._session_id, self._uid = path, session_id, uid
+        connector = aiohttp.UnixConnector(path=path, limit=0, keepalive_timeout=30)
+        self._http = aiohttp.ClientSession(
+            "http://worker", connector=connector, auto_decompress=False, read_bufsize=1 << 18
+        )
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    def check_listener(self) -> None:
+        """Make sure that this slot's worker is who listens, before anything is sent: SO_PEERCRED of a Unix
+        socket names who called listen(). Raises `LinkBroken`, or `ProtocolFault` when it is someone else."""
+        if self._uid is None or not hasattr(socket, "SO_PEERCRED"):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(self._path)
+            except OSError as error:
+                raise LinkBroken(f"nobody listens: {error!r}") from error
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        uid = struct.unpack("3i", credentials)[1]
+        if uid != self._uid:
+            raise ProtocolFault(f"uid {uid} listens on the worker's socket, not uid {self._uid}")
+
+    async def health(self) -> WorkerHealth:
+        """Raises `LinkBroken` when nobody answers yet, `ProtocolFault` when the wrong one does."""
+        try:
+            async with self._http.get("/health", timeout=_CALL) as answer:
+                raw = await _bounded(answer)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise LinkBroken(f"no health answer: {error!r}") from error
+        try:
+            data = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            raise ProtocolFault("the health answer is not JSON") from None
+        return self._health_of(data)
+
+    async def run(self, task_id: str, body: bytes, reader: FrameReader) -> None:
+        """Give the task to the worker and pass its events to `reader` until the stream ends.
+
+        Raises `LinkBroken`, `TaskRefused`, or what the reader raises.
+        """
+        headers = {"Content-Type": "application/json"}
+        await self._stream("POST", f"/tasks/{task_id}", reader, data=body, headers=headers)
+
+    async def attach(self, task_id: str, reader: FrameReader) -> None:
+        """Take up the stream of a task behind the last event that `reader` has. Raises as `run`."""
+        reader.reconnected()
+        await self._stream("GET", f"/tasks/{task_id}/events?after={reader.seq}", reader)
+
+    async def cancel(self, task_id: str) -> None:
+        """Ask the worker to stop the task, on a connection of its own. Raises `LinkBroken`."""
+        try:
+            async with self._http.delete(f"/tasks/{task_id}", timeout=_CALL):
+                return
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise LinkBroken(f"cancel was not delivered: {error!r}") from error
+
+    async def _stream(self, method: str, url: str, reader: FrameReader, **request: Any) -> None:
+        try:
+            async with self._http.request(method, url, timeout=_STREAM, **request) as answer:
+                if answer.status != 200:
+                    raise TaskRefused(f"the worker answered {answer.status} to {method}")
+                async for chunk in answer.content.iter_any():
+                    reader.feed(chunk)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise LinkBroken(f"the stream broke: {error!r}") from error
+        if reader.end is None:
+            raise LinkBroken("the stream ended before the task did")
+
+    def _health_of(self, data: Any) -> WorkerHealth:
+        if not isinstance(data, dict) or data.get("status") not in ("loading", "ready", "failed"):
+            raise ProtocolFault("the health answer has no valid status")
+        if data.get("session_id") != self._session_id:
+            raise ProtocolFault("the worker's socket answers for another session")
+        progress = data.get("progress")
+        if not isinstance(progress, dict):
+            progress = {}
+        stage, done, total = progress.get("stage"), progress.get("done"), progress.get("total")
+        message = data.get("message")
+        return WorkerHealth(
+            status=data["status"],
+            message=message[:2000] if isinstance(message, str) else None,
+            stage=stage[:200] if isinstance(stage, str) else None,
+            done=done if isinstance(done, int | float) else 0,
+            total=total if isinstance(total, int | float) else None,
+        )
+
+
+async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
+    raw = bytearray()
+    async for chunk in answer.content.iter_any():
+        raw += chunk
+        if len(raw) > MAX_ANSWER_BYTES:
+            raise ProtocolFault(f"an answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return bytes(raw)

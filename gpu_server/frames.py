@@ -1,0 +1,170 @@
+"""Server-sent event frames: encoding the service's own, and checking every byte a worker sends.
+
+The grammar of worker frames is in docs/worker-contract.md; it is a strict subset of the event stream format
+of the HTML standard (section 9.2), so that one regular expression decides what a frame is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import orjson
+
+from gpu_server.core.errors import Failure, FailureCode
+from gpu_server.core.sessions import TaskState
+
+MAX_FRAME_BYTES = 1 << 20
+
+_FRAME = re.compile(rb"(?:id: ([1-9][0-9]{0,14})\n)?(event: ([a-z_]{1,32})\ndata: (\{[^\r\n]*\})\n\n)")
+
+
+class ProtocolFault(Exception):
+    """A worker sent what the contract does not allow."""
+
+
+class FrameSink(Protocol):
+    """Where checked frames go: a task's stream."""
+
+    def relay(self, bodies: list[bytes]) -> None:
+        """Numbered events, each from its `event:` line to the empty line that ends it."""
+
+    def note(self, event: str, data: Mapping[str, Any]) -> None:
+        """An event without a number."""
+
+
+def encode(event: str, data: Mapping[str, Any]) -> bytes:
+    """A frame without its `id:` line."""
+    return b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(data))
+
+
+def _text(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda data: all(type(data.get(name)) is str for name in names)
+
+
+def _is_progress(data: dict[str, Any]) -> bool:
+    return (
+        type(data.get("stage")) is str
+        and type(data.get("done")) in (int, float)
+        and type(data.get("total")) in (int, float, type(None))
+    )
+
+
+def _is_end(data: dict[str, Any]) -> bool:
+    error, usage = data.get("error"), data.get("usage")
+    return (
+        data.get("status") in ("completed", "failed", "cancelled")
+        and (error is None or (type(error) is dict and _text("code", "message")(error)))
+        and (usage is None or type(usage) is dict)
+    )
+
+
+WORKER_EVENTS: Mapping[str, Callable[[dict[str, Any]], bool]] = {
+    "text_delta": lambda data: type(data.get("delta")) is str,
+    "text": _text("text"),
+    "logs": lambda data: data.get("stream") in ("stdout", "stderr") and type(data.get("line")) is str,
+    "artifact": _text("name", "media_type", "data"),
+    "progress": _is_progress,
+    "error": _text("code", "message"),
+}
+"""Every event a worker may emit, and whether its data is what the contract says."""
+
+_CHECKS: Mapping[bytes, Callable[[dict[str, Any]], bool]] = {
+    **{name.encode(): check for name, check in WORKER_EVENTS.items()},
+    b"end": _is_end,
+}
+
+
+class FrameReader:
+    """Reads one task's stream from its worker, in whatever pieces it comes, and passes it on in bulk.
+
+    `seq` is the number of the last event taken, from which a broken connection is taken up again.
+    """
+
+    def __init__(self, sink: FrameSink) -> None:
+        self.seq = 0
+        self.end: tuple[TaskState, Failure | None, Mapping[str, Any] | None] | None = None
+        self._sink = sink
+        self._rest = bytearray()
+
+    def reconnected(self) -> None:
+        """A new connection starts at a frame's beginning."""
+        self._rest.clear()
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes. Raises `ProtocolFault`; what came before the fault is passed on."""
+        if self._rest:
+            # Look at what is new alone, so that a frame that trickles in byte by byte costs no more.
+            seam = max(0, len(self._rest) - 1)
+            self._rest += chunk
+            if self._rest.find(b"\n\n", seam) < 0:
+                self._check_length(len(self._rest))
+                return
+            chunk = bytes(self._rest)
+            self._rest.clear()
+        self._read(chunk)
+
+    def _read(self, buffer: bytes) -> None:
+        position, seq = 0, self.seq
+        bodies: list[bytes] = []
+        try:
+            while (match := _FRAME.match(buffer, position)) is not None:
+                number, body, name, raw = match.groups()
+                data = self._check(name, raw)
+                self._check_length(match.end() - position)
+                if (name == b"progress") is not (number is None):
+                    raise ProtocolFault("every event but `progress` has an id")
+                position = match.end()
+                if number is None:
+                    self._pass_on(bodies, seq)
+                    bodies = []
+                    self._sink.note("progress", data)
+                    continue
+                if int(number) != seq + 1:
+                    raise ProtocolFault(f"event id {int(number)} came after {seq}")
+                seq += 1
+                if name == b"end":
+                    self.end = _end_of(data)
+                else:
+                    bodies.append(body)
+        finally:
+            self._pass_on(bodies, seq)
+        if buffer.find(b"\n\n", position) >= 0:
+            raise ProtocolFault("bytes that are no frame: " + repr(buffer[position : position + 80]))
+        self._check_length(len(buffer) - position)
+        self._rest += buffer[position:]
+
+    @staticmethod
+    def _check_length(length: int) -> None:
+        if length > MAX_FRAME_BYTES:
+            raise ProtocolFault(f"a frame is longer than {MAX_FRAME_BYTES} bytes")
+
+    def _pass_on(self, bodies: list[bytes], seq: int) -> None:
+        self.seq = seq
+        if bodies:
+            self._sink.relay(bodies)
+
+    def _check(self, name: bytes, raw: bytes) -> dict[str, Any]:
+        if self.end is not None:
+            raise ProtocolFault("an event came after `end`")
+        check = _CHECKS.get(name)
+        if check is None:
+            raise ProtocolFault(f"workers may not emit {name.decode()!r}")
+        try:
+            data = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise ProtocolFault(f"the data of {name.decode()!r} is not JSON: {error}") from None
+        if not check(data):
+            raise ProtocolFault(f"the data of {name.decode()!r} lacks a field or has one of a wrong type")
+        return data  # type: ignore[no-any-return]  # the pattern admits an object only
+
+
+def _end_of(data: dict[str, Any]) -> tuple[TaskState, Failure | None, Mapping[str, Any] | None]:
+    state = TaskState(data["status"])
+    error = data.get("error")
+    failure = Failure(code=error["code"], message=error["message"]) if error else None
+    if failure is None and state is not TaskState.COMPLETED:
+        code = FailureCode.TASK_FAILED if state is TaskState.FAILED else FailureCode.TASK_CANCELLED
+        failure = Failure(code=code, message=f"the worker ended the task as {state}")
+    return state, None if state is TaskState.COMPLETED else failure, data.get("usage")

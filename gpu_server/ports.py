@@ -1,0 +1,218 @@
+"""Every seam of the service, on one page.
+
+Each Protocol has a real driver in `drivers/`, a fake in `tests/fakes`, and one contract suite in
+`tests/contracts` that both must pass. A driver's own errors never cross a seam: it raises the errors here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Protocol
+
+from gpu_server.core.slots import SlotSpec
+
+
+class Contract(StrEnum):
+    """How the service talks to a worker."""
+
+    HTTP = "http"
+    EXEC = "exec"
+
+
+# -- errors -----------------------------------------------------------------------------------------------
+
+
+class RuntimeUnreachable(Exception):
+    """The engine did not answer, so nothing is known. Retry; never conclude that a container is gone."""
+
+
+class StartRefused(Exception):
+    """The engine answered, and the worker cannot start. `code` is a `FailureCode` value."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class RunFolderFault(Exception):
+    """What a worker left in its run folder is not what the contract allows (no socket, a link, too big)."""
+
+
+# -- containers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """The folder of one session under RUN_DIR, at the same path inside and outside the service's container.
+
+    `share` is the only place the worker's uid may write (mounted at /run/gpu-worker); `task` holds input.json
+    for `exec` workers and is mounted read-only at /task.
+    """
+
+    session_id: str
+    path: Path
+    share: Path
+    task: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.share / "worker.sock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one worker may use. Sizes in bytes, `cpus` in cores."""
+
+    memory: int
+    cpus: float
+    pids: int
+    tmp_size: int
+    tmp_exec: bool
+    shm_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """All a runtime needs to create one worker. `name` holds session and fence, so creating is idempotent."""
+
+    name: str
+    session_id: str
+    fence: int
+    tenant: str
+    task_id: str | None
+    contract: Contract
+    image: str
+    command: tuple[str, ...] | None
+    process_command: tuple[str, ...] | None
+    env: Mapping[str, str]
+    gpu_uuids: tuple[str, ...]
+    uid: int
+    model_path: Path | None
+    folder: RunFolder
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Some bytes that a worker wrote, as they came (not cut at lines)."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreatedWorker:
+    """A worker that exists and has not started. `output` was attached before the start and ends with it."""
+
+    name: str
+    container_id: str
+    output: AsyncIterator[Output]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerExit:
+    """A worker's process has ended. `exit_code` is the shell's convention: 128 + n for signal n."""
+
+    name: str
+    session_id: str
+    exit_code: int
+    oom_killed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenWorker:
+    """A worker of this instance that the runtime found, running or not."""
+
+    name: str
+    container_id: str
+    session_id: str
+    fence: int
+    running: bool
+
+
+class ContainerRuntime(Protocol):
+    """Starts and removes workers. Holds no state of its own: the containers and their labels are the truth.
+
+    Every method may raise `RuntimeUnreachable`.
+    """
+
+    name: Literal["docker", "process"]
+    warnings: tuple[str, ...]
+
+    async def open(self, heard_exit: Callable[[WorkerExit], None]) -> None:
+        """Connect and start listening for exits; `heard_exit` is called on the event loop, once for each exit
+        (again after a reconnect only for exits that were missed)."""
+
+    async def close(self) -> None:
+        """Stop listening. Workers are left as they are."""
+
+    async def require_image(self, image: str) -> None:
+        """Make sure that `image` can be started here. Raises `StartRefused("image_missing", ...)`."""
+
+    async def create(self, spec: WorkerSpec) -> CreatedWorker:
+        """Create, do not start; attach to its output. A worker of that name that exists and never started is
+        replaced. Raises `StartRefused`."""
+
+    async def start(self, name: str) -> None:
+        """Start a created worker. Raises `StartRefused`."""
+
+    async def remove(self, name: str, *, grace: float) -> None:
+        """SIGTERM, up to `grace` seconds, SIGKILL, remove with anonymous volumes. Returns only when the
+        runtime confirms that no such worker is there any more; one that never was is no error."""
+
+    async def list_workers(self) -> tuple[SeenWorker, ...]:
+        """All workers of this instance, started or not, running or not."""
+
+    async def foreign_gpu_holders(self) -> Mapping[str, str]:
+        """GPU UUID -> description of a running container that is not ours and was given that GPU.
+        The key "all" stands for a container that was given every GPU."""
+
+
+# -- the rest ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotReading:
+    """What the device says now. `fault` is a negative finding (lost, uncorrected ECC errors), or None."""
+
+    memory_used_mb: int
+    fault: str | None
+
+
+class SlotInventory(Protocol):
+    """The devices of this machine."""
+
+    async def discover(self) -> tuple[SlotSpec, ...]:
+        """The slots to serve, limited and tiered by the settings. Raises `InventoryError`."""
+
+    async def readings(self) -> Mapping[str, SlotReading]:
+        """Slot id -> reading. A device that cannot be read has a `fault`."""
+
+
+class InventoryError(Exception):
+    """The devices cannot be listed with certainty; the service must not start (fail closed)."""
+
+
+class ModelStore(Protocol):
+    """Model folders on this machine."""
+
+    def find(self, model_id: str) -> Path | None:
+        """The folder of a model, inside the store for certain, or None. Raises ValueError for an id that
+        would leave the store."""
+
+    def names(self) -> tuple[str, ...]:
+        """The ids of the models that are there."""
+
+
+class Clock(Protocol):
+    """Time that does not jump: CLOCK_BOOTTIME, in seconds."""
+
+    def now(self) -> float: ...
+
+    async def sleep_until(self, when: float | None, *, wake: asyncio.Event | None = None) -> None:
+        """Sleep to `when` (None: for ever), or until `wake` is set."""

@@ -1,0 +1,217 @@
+"""Puts the service together from its settings: which drivers, which keys, what runs in which order."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import structlog
+from ulid import ULID
+
+from gpu_server import presets
+from gpu_server.core import events as ev
+from gpu_server.core.node import Node
+from gpu_server.drivers.clock import BootClock
+from gpu_server.drivers.docker import DockerRuntime
+from gpu_server.drivers.inventory import choose_inventory
+from gpu_server.drivers.models import FolderModelStore
+from gpu_server.drivers.process import ProcessRuntime
+from gpu_server.drivers.run_folder import RunFolders
+from gpu_server.engine import Engine
+from gpu_server.ports import Clock, ContainerRuntime, ModelStore, RuntimeUnreachable, SlotInventory
+from gpu_server.reaper import Reaper
+from gpu_server.settings import Settings
+from gpu_server.stream import Streams
+
+SHUTDOWN_EXTRA_SECONDS = 30.0
+
+log = structlog.get_logger()
+
+
+class StartRefusedByNode(Exception):
+    """The service must not start like this. The message says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What the HTTP edge serves from."""
+
+    settings: Settings
+    engine: Engine
+    presets: presets.Presets
+    models: ModelStore
+    runtime: ContainerRuntime
+    clock: Clock
+    internal_key: str
+    warnings: tuple[str, ...] = ()
+
+
+@asynccontextmanager
+async def open_service(
+    settings: Settings, *, on_broken: Callable[[], None] = lambda: None
+) -> AsyncIterator[Service]:
+    """Start everything, and at the end end every session and leave no container behind.
+
+    Raises `StartRefusedByNode`, `PresetsError` or `InventoryError` with what to change.
+    """
+    lock = _lock(settings.state_dir)
+    try:
+        loaded = presets.load(settings.model_presets_file, settings.allowed_docker_images)
+        for model_id, name, preset in loaded:
+            if not loaded.allows(preset.docker_image):
+                log.warning("preset.image_not_allowed", model_id=model_id, preset=name, image=preset.docker_image)
+        instance = _instance_id(settings.state_dir)
+        runtime = await _choose_runtime(settings, instance)
+        inventory = choose_inventory(
+            cpu_slots=settings.cpu_slots,
+            device_ids=settings.gpu_device_ids,
+            tiers=settings.gpu_device_difficulty,
+            instance=instance,
+        )
+        slots = await inventory.discover()
+        clock, models = BootClock(), FolderModelStore(settings.models_dir)
+        # Fences grow from life to life of the service: each starts at the wall clock's milliseconds.
+        node = Node(settings.rules(), first_fence=time.time_ns() // 1_000_000)
+        engine = Engine(
+            node,
+            streams=Streams(
+                max_bytes_each=settings.stream_history_bytes, max_bytes_total=settings.stream_total_bytes
+            ),
+            runtime=runtime,
+            folders=RunFolders(settings.run_dir),
+            models=models,
+            clock=clock,
+            wash_give_up=settings.wash_give_up_seconds,
+            worker_uid_base=settings.worker_uid_base,
+            on_broken=on_broken,
+        )
+        service = Service(
+            settings=settings,
+            engine=engine,
+            presets=loaded,
+            models=models,
+            runtime=runtime,
+            clock=clock,
+            internal_key=settings.internal_api_key or _own_key(settings.state_dir),
+            warnings=(*runtime.warnings, *_warnings(settings)),
+        )
+        async with engine.running():
+            _start_work(engine, inventory, settings)
+            engine.report(ev.NodeStarted(slots=slots))
+            for warning in service.warnings:
+                log.warning("service.warning", warning=warning)
+            log.info("service.started", runtime=runtime.name, slots=[slot.id for slot in slots])
+            try:
+                yield service
+            finally:
+                await engine.shut_down(settings.stop_grace_seconds + SHUTDOWN_EXTRA_SECONDS)
+        log.info("service.stopped")
+    finally:
+        lock.close()
+
+
+def new_id(kind: str) -> str:
+    """`s_` or `t_` and a ULID: unique, and in order of time."""
+    return f"{kind}_{ULID()}"
+
+
+def _start_work(engine: Engine, inventory: SlotInventory, settings: Settings) -> None:
+    reaper = Reaper(engine, inventory, reading_interval=settings.gpu_metrics_refresh_interval)
+    engine.spawn("reaper: ticks", reaper.ticks())
+    engine.spawn("reaper: rounds", reaper.rounds())
+
+
+async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
+    """Docker, or processes where there is certainly neither an engine nor a GPU. Fails closed."""
+    socket = Path("/var/run/docker.sock")
+    if settings.runtime == "auto":
+        no_docker = not socket.exists() and "DOCKER_HOST" not in os.environ
+        use_docker = not no_docker or Path("/dev/nvidiactl").exists()
+    else:
+        use_docker = settings.runtime == "docker"
+    if not use_docker:
+        return ProcessRuntime(instance, settings.run_dir, _working_dir(settings))
+    runtime = DockerRuntime(instance)
+    try:
+        await runtime.ping()
+    except RuntimeUnreachable as error:
+        await runtime.close()
+        raise StartRefusedByNode(
+            f"the Docker engine does not answer ({error}). Start it, or set RUNTIME=process to run workers"
+            " as plain processes, which isolates nothing."
+        ) from error
+    return runtime
+
+
+def _working_dir(settings: Settings) -> Path:
+    """Process commands are relative to the folder that holds `config/`."""
+    return settings.model_presets_file.parent.parent
+
+
+def _lock(state_dir: Path) -> IO[str]:
+    """One service for one STATE_DIR: a second one is refused."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (state_dir / "lock").open("w")
+    except OSError as error:
+        raise StartRefusedByNode(f"STATE_DIR {state_dir} cannot be used: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise StartRefusedByNode(f"another service uses STATE_DIR {state_dir}") from error
+    return lock
+
+
+def _instance_id(state_dir: Path) -> str:
+    """The name by which this node's containers are known, made once."""
+    return _kept(state_dir / "instance_id", lambda: secrets.token_hex(8))
+
+
+def _own_key(state_dir: Path) -> str:
+    """The internal key of a service that was given none; made once, and only its place is told."""
+    path = state_dir / "internal_api_key"
+    key = _kept(path, lambda: secrets.token_urlsafe(32))
+    log.warning("service.internal_api_key", message="INTERNAL_API_KEY is not set; using the key in", path=str(path))
+    return key
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        text = make()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text + "\n")
+    if not text:
+        raise StartRefusedByNode(f"{path} is empty; remove it to have a new one made")
+    return text
+
+
+def _warnings(settings: Settings) -> tuple[str, ...]:
+    found = []
+    if os.geteuid() != 0:
+        found.append("the service is not root: all workers run with its own uid")
+    if not _on_tmpfs(settings.run_dir):
+        found.append(f"RUN_DIR {settings.run_dir} is not on a tmpfs: run folders reach the disk")
+    return tuple(found)
+
+
+def _on_tmpfs(path: Path) -> bool:
+    """Whether the file system that holds `path` is a tmpfs, by /proc/mounts; False where that is not there."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    resolved = path.resolve()
+    holding = [(Path(m[1]), m[2]) for m in mounts if resolved.is_relative_to(m[1])]
+    deepest = max(holding, key=lambda mount: len(mount[0].parts), default=(Path("/"), ""))
+    return deepest[1] == "tmpfs"

@@ -1,0 +1,124 @@
+"""Settings, from the environment and `.env`. `.env.example` and README document every one of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from gpu_server.core.sessions import Rules
+from gpu_server.core.slots import Tier
+
+
+def _comma_list(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _tiers(value: object) -> object:
+    """`0:low,1:high` -> {"0": "low", "1": "high"}."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition(":") for part in value.split(",") if part.strip()]
+    if any(not device.strip() for device, _, _ in pairs):
+        raise ValueError("write it as device:tier, for example 0:low,1:high")
+    return {device.strip(): tier.strip() for device, _, tier in pairs}
+
+
+Seconds = Annotated[float, Field(gt=0)]
+CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+def _default_state_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/gpu-server")
+    return Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")) / "gpu-server"
+
+
+def _default_run_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/gpu-server")
+    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/gpu-server-{os.geteuid()}")) / "gpu-server"
+
+
+class Settings(BaseSettings):
+    """Every setting of the service. Times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True)
+
+    http_host: str = "127.0.0.1"
+    http_port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    internal_api_key: Annotated[str | None, Field(min_length=16)] = None
+
+    runtime: Literal["auto", "docker", "process"] = "auto"
+    state_dir: AbsolutePath = Field(default_factory=_default_state_dir)
+    run_dir: AbsolutePath = Field(default_factory=_default_run_dir)
+    model_presets_file: AbsolutePath = Path("config/model_presets.yaml")
+    allowed_docker_images: CommaList = ("gpu-server/*",)
+    worker_uid_base: Annotated[int, Field(ge=1000, le=2_000_000_000)] = 20000
+
+    gpu_device_ids: CommaList | None = None
+    gpu_device_difficulty: Annotated[dict[str, Tier], NoDecode, BeforeValidator(_tiers)] = Field(
+        default_factory=dict
+    )
+    cpu_slots: Annotated[int, Field(ge=0, le=1024)] = 2
+    gpu_metrics_refresh_interval: Seconds = 10.0
+
+    fsx_mount_point: AbsolutePath = Path("/fsx")
+    model_cache_dir: AbsolutePath | None = None
+
+    session_idle_timeout_seconds: Seconds = 300.0
+    session_max_lifetime_seconds: Seconds = 3600.0
+    session_queue_max_size: Annotated[int, Field(ge=0)] = 5
+    default_task_timeout: Seconds = 300.0
+    max_task_timeout: Seconds = 3600.0
+    gpu_wait_max_seconds: Annotated[float, Field(ge=0)] = 600.0
+    gpu_wait_max_tasks: Annotated[int, Field(ge=0)] = 100
+    stop_grace_seconds: Annotated[float, Field(ge=0)] = 10.0
+    cancel_grace_seconds: Seconds = 10.0
+    lifetime_grace_seconds: Seconds = 30.0
+    disconnect_grace_seconds: Annotated[float, Field(ge=1)] = 30.0
+    task_retention_seconds: Seconds = 600.0
+    tombstone_retention_seconds: Seconds = 3600.0
+    wash_give_up_seconds: Seconds = 300.0
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
+    metadata_max_depth: Annotated[int, Field(ge=1, le=200)] = 32
+    stream_history_bytes: Annotated[int, Field(ge=1 << 16)] = 8 << 20
+    stream_total_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    sse_ping_seconds: Seconds = 15.0
+
+    @model_validator(mode="after")
+    def _timeouts_agree(self) -> Settings:
+        if self.default_task_timeout > self.max_task_timeout:
+            raise ValueError("DEFAULT_TASK_TIMEOUT is longer than MAX_TASK_TIMEOUT")
+        return self
+
+    @property
+    def models_dir(self) -> Path:
+        return self.model_cache_dir or self.fsx_mount_point / "models"
+
+    @property
+    def node_name(self) -> str:
+        return socket.gethostname()
+
+    def rules(self) -> Rules:
+        """The limits that the core follows."""
+        return Rules(
+            idle_timeout=self.session_idle_timeout_seconds,
+            max_lifetime=self.session_max_lifetime_seconds,
+            session_queue_max=self.session_queue_max_size,
+            gpu_wait_max=self.gpu_wait_max_seconds,
+            gpu_wait_max_tasks=self.gpu_wait_max_tasks,
+            stop_grace=self.stop_grace_seconds,
+            cancel_grace=self.cancel_grace_seconds,
+            lifetime_grace=self.lifetime_grace_seconds,
+            disconnect_grace=self.disconnect_grace_seconds,
+            task_retention=self.task_retention_seconds,
+            tombstone_retention=self.tombstone_retention_seconds,
+        )

@@ -1,0 +1,285 @@
+"""Builds the images that the demo and the tests run, on any machine with a Docker engine.
+
+Nothing is fetched during a build (it has no network): the locked wheels are downloaded on the host, and
+the build context holds them (`wheels/`) and the worker SDK (`sdk/`) beside the image's own files. An image
+carries the hash of what it was made from, so an image that is current is left alone.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import docker
+import docker.errors
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+BASE = "python:3.11-slim"
+BASE_SUITE = "bookworm"  # the Debian release whose own Python is 3.11
+CONTEXT_LABEL = "gpu-server.context"
+
+
+class BuildError(Exception):
+    """Something the person at the terminal can act on; the message says how."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    name: str
+    folder: Path
+
+    @property
+    def tag(self) -> str:
+        return f"gpu-server/{self.name}:dev"
+
+
+IMAGES = [
+    Image(name="echo", folder=ROOT / "worker_images/echo"),
+    Image(name="hostile", folder=ROOT / "tests/images/hostile"),
+]
+
+
+def build(client: docker.DockerClient, image: Image) -> None:
+    if not (image.folder / "Dockerfile").is_file():
+        raise BuildError(f"{image.folder / 'Dockerfile'} is missing: is the checkout complete?")
+    base_id = ensure_base(client)
+    with tempfile.TemporaryDirectory(prefix=f"gpu-server-{image.name}-") as folder:
+        context = Path(folder)
+        stage(image, context)
+        digest = fingerprint(context, base_id)
+        if current_label(client, image.tag) == digest:
+            print(f"images: {image.tag} is current")
+            return
+        print(f"images: building {image.tag}", flush=True)
+        log: list[str] = []
+        for line in client.api.build(
+            path=str(context),
+            tag=image.tag,
+            labels={CONTEXT_LABEL: digest},
+            network_mode="none",
+            rm=True,
+            forcerm=True,
+            decode=True,
+        ):
+            log.append(line.get("stream", ""))
+            if "error" in line:
+                tail = "\n".join("".join(log).splitlines()[-40:])
+                raise BuildError(f"{tail}\n{image.tag} could not be built: {line['error']}")
+
+
+def stage(image: Image, context: Path) -> None:
+    """Puts into `context` all that the image's Dockerfile may copy."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*", "wheels", "sdk")
+    shutil.copytree(image.folder, context, dirs_exist_ok=True, ignore=unwanted)
+    requirements = image.folder / "requirements.txt"
+    if requirements.is_file():
+        shutil.copytree(wheels(image.name, requirements), context / "wheels")
+        shutil.copytree(ROOT / "worker_images/sdk", context / "sdk", ignore=unwanted)
+
+
+def wheels(name: str, requirements: Path) -> Path:
+    """The folder with the wheels of a locked requirements file, for the images' Python on this processor."""
+    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    folder = CACHE / "wheels" / name
+    stamp = folder.with_suffix(".stamp")
+    wanted = f"{hashlib.sha256(requirements.read_bytes()).hexdigest()} {machine}"
+    if folder.is_dir() and stamp.is_file() and stamp.read_text() == wanted:
+        return folder
+    print(f"images: downloading the wheels for {name}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--only-binary=:all:", "-r", str(requirements), "--dest", str(folder)]
+    command += [
+        "--implementation",
+        "cp",
+        "--python-version",
+        "3.11",
+        "--abi",
+        "cp311",
+        "--abi",
+        "abi3",
+        "--abi",
+        "none",
+    ]
+    # pip takes these literally, so every glibc up to that of the base image (2.36) is named.
+    for glibc in range(36, 4, -1):
+        command += ["--platform", f"manylinux_2_{glibc}_{machine}"]
+    command += ["--platform", f"manylinux2014_{machine}"]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode != 0:
+        raise BuildError(
+            f"{result.stderr[-4000:]}\nthe wheels of {requirements} could not be downloaded (see above)"
+        )
+    stamp.write_text(wanted)
+    return folder
+
+
+def fingerprint(context: Path, base_id: str) -> str:
+    digest = hashlib.sha256(base_id.encode())
+    for path in sorted(path for path in context.rglob("*") if path.is_file()):
+        mode = path.stat().st_mode & 0o777
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(context)} {mode:o} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def current_label(client: docker.DockerClient, tag: str) -> str | None:
+    try:
+        labels: dict[str, str] = client.images.get(tag).labels
+    except docker.errors.ImageNotFound:
+        return None
+    return labels.get(CONTEXT_LABEL)
+
+
+def ensure_base(client: docker.DockerClient) -> str:
+    """The id of the base image: the one that is here, else pulled, else a stand-in."""
+    try:
+        return str(client.images.get(BASE).id)
+    except docker.errors.ImageNotFound:
+        pass
+    print(f"images: pulling {BASE}", flush=True)
+    try:
+        return str(client.images.pull(BASE).id)
+    except (docker.errors.APIError, requests.RequestException) as error:
+        print(f"images: {BASE} cannot be pulled: {getattr(error, 'explanation', None) or error}", flush=True)
+    import_stand_in(client)
+    return str(client.images.get(BASE).id)
+
+
+def import_stand_in(client: docker.DockerClient) -> None:
+    rootfs = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu-server/base-rootfs.tar"
+    if not rootfs.is_file():
+        make_rootfs(rootfs)
+    client.api.import_image(
+        src=str(rootfs),
+        repository=BASE.partition(":")[0],
+        tag=BASE.partition(":")[2],
+        changes=['CMD ["python3"]', "LABEL gpu-server.stand-in=true"],
+    )
+    print(f"images: NOTE: {BASE} here is now a STAND-IN made from Debian packages, not the official image.")
+    print(f"images:       To be rid of it: docker image rm {BASE}, and delete {rootfs}", flush=True)
+
+
+def make_rootfs(rootfs: Path) -> None:
+    """Makes a root file system that Dockerfiles written for the official image build on.
+
+    Takes under a minute; needs root, debootstrap and the machine's own package mirror.
+    """
+    if os.environ.get("CI") and os.geteuid() == 0 and shutil.which("debootstrap") is None:
+        quietly("apt-get", "update", "-q")
+        quietly("apt-get", "install", "-qy", "--no-install-recommends", "debootstrap")
+    mirror = debian_mirror()
+    missing = []
+    if os.geteuid() != 0:
+        missing.append("root")
+    if shutil.which("debootstrap") is None:
+        missing.append("debootstrap")
+    if mirror is None:
+        missing.append("a Debian mirror among the machine's package sources")
+    if mirror is None or missing:
+        raise BuildError(
+            f"{BASE} is neither here nor can it be pulled, and a stand-in needs {' and '.join(missing)}.\n"
+            f"        Give this engine the image: docker pull {BASE}, or docker load a saved one."
+        )
+
+    print(f"images: making a stand-in for {BASE} with debootstrap (about a minute, once)", flush=True)
+    rootfs.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-server-base-") as folder:
+        root = Path(folder) / "root"
+        include = "--include=python3,python3-pip,python3-venv,ca-certificates"
+        quietly("debootstrap", "--variant=minbase", include, BASE_SUITE, str(root), mirror)
+        # In the official image `python` is on the path and pip installs into the system.
+        (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+        (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink(missing_ok=True)
+        for leftovers in ("var/cache/apt", "var/lib/apt/lists", "var/log"):
+            shutil.rmtree(root / leftovers)
+            (root / leftovers).mkdir()
+        unfinished = rootfs.with_suffix(".partial")
+        with tarfile.open(unfinished, "w") as archive:
+            archive.add(root, arcname=".")
+        unfinished.rename(rootfs)
+
+
+def debian_mirror() -> str | None:
+    """The Debian archive this machine installs from, in apt's own reading of its package sources."""
+    if shutil.which("apt-get") is None:
+        return None
+    system = platform.freedesktop_os_release()
+    if system.get("ID") != "debian":
+        return None
+    layout = "$(RELEASE) $(COMPONENT) $(REPO_URI)"
+    targets = quietly(
+        "apt-get", "indextargets", "--no-release-info", "--format", layout, "Created-By: Packages"
+    )
+    for line in targets.splitlines():
+        release, component, uri = line.split(maxsplit=2)
+        if (release, component) == (system.get("VERSION_CODENAME"), "main"):
+            return uri  # of this machine's release; the archive serves the others too
+    return None
+
+
+def quietly(*command: str) -> str:
+    """What the command printed; a failure shows it."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    result = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode != 0:
+        raise BuildError(f"{result.stdout[-4000:]}\n{command[0]} failed with status {result.returncode}")
+    return result.stdout
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Waits while another run in this checkout builds."""
+    CACHE.mkdir(exist_ok=True)
+    with open(CACHE / "build_images.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build the images that the demo and the tests run.")
+    parser.add_argument("image", nargs="?", default="all", choices=[*(image.name for image in IMAGES), "all"])
+    wanted = parser.parse_args().image
+    try:
+        # Minutes, since the engine answers an import or a slow build step only when it is done.
+        client = docker.from_env(timeout=600)
+        client.ping()
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        print(f"images: no Docker engine answers ({error}).", file=sys.stderr)
+        print(
+            "        Start Docker, or set DOCKER_HOST to an engine that this user may use.", file=sys.stderr
+        )
+        return 1
+    try:
+        with alone():
+            for image in IMAGES:
+                if wanted in (image.name, "all"):
+                    build(client, image)
+    except (BuildError, docker.errors.DockerException, requests.RequestException) as error:
+        print(f"images: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What must be true of a node after every event. `check` reads the whole state and changes nothing."""
+
+from __future__ import annotations
+
+from gpu_server.core.node import Node
+from gpu_server.core.sessions import CloseReason, Session, SessionState, Task, TaskState, TaskType
+from gpu_server.core.slots import SlotState
+from gpu_server.core.timers import Alarm
+
+SESSION_ALARMS = {Alarm.GPU_WAIT, Alarm.START, Alarm.IDLE, Alarm.LIFETIME, Alarm.DRAIN, Alarm.FORGET_SESSION}
+TASK_ALARMS = set(Alarm) - SESSION_ALARMS
+
+LEASING = {SessionState.PREPARING, SessionState.READY, SessionState.WORKING}
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def must(holds: bool, what: str, *about: object) -> None:
+    if not holds:
+        raise Broken(" ".join([what, *(repr(thing) for thing in about)]))
+
+
+def check(node: Node) -> None:
+    """Raises `Broken` when any part of the node's state disagrees with another part."""
+    for session in node.sessions.values():
+        _check_session(node, session)
+    for task in node.tasks.values():
+        _check_task(node, task)
+    _check_slots(node)
+    _check_line(node)
+    _check_places(node)
+    _check_timers_have_owners(node)
+
+
+def holds_slots(session: Session) -> bool:
+    """Whether the slots of this session are leased to it now."""
+    in_grace = session.state is SessionState.DRAINING and not session.tearing_down
+    return session.state in LEASING or in_grace
+
+
+def snapshot(node: Node) -> str:
+    """The whole state in words, so that two moments can be compared for equality."""
+    return repr(
+        (
+            [slot for slot in node.slots],
+            {tiers: list(ids) for tiers, ids in node.slots._free.items()},
+            node.sessions,
+            node.tasks,
+            [session.id for session in node.line],
+            node.shutting_down,
+            node._next_fence,
+            sorted(node._timers._when.items()),
+        )
+    )
+
+
+def _check_session(node: Node, session: Session) -> None:
+    state, alarms = session.state, _alarms_of(node, session.id) & SESSION_ALARMS
+    needed = {
+        SessionState.WAITING: {Alarm.GPU_WAIT},
+        SessionState.PREPARING: {Alarm.START, Alarm.LIFETIME},
+        SessionState.READY: {Alarm.IDLE, Alarm.LIFETIME},
+        SessionState.WORKING: {Alarm.LIFETIME},
+        SessionState.DRAINING: set() if session.tearing_down else {Alarm.DRAIN},
+        SessionState.CLOSED: {Alarm.FORGET_SESSION},
+        SessionState.FAILED: {Alarm.FORGET_SESSION},
+    }[state]
+    must(alarms == needed, f"a {state} session needs deadlines {needed}, it has {alarms}:", session)
+    must(session.idle_deadline == node._timers.get(Alarm.IDLE, session.id), "two idle deadlines:", session)
+    if session.idle_deadline is not None:
+        must(state is SessionState.READY, "the idle clock runs in a session that is not ready:", session)
+        must(not session.queue and not session.busy, "the idle clock runs beside work:", session)
+        must(session.max_deadline is not None, "idling without a lifetime:", session)
+        assert session.max_deadline is not None
+        must(session.idle_deadline <= session.max_deadline, "idling outlasts the lifetime:", session)
+    if Alarm.LIFETIME in alarms:
+        same = session.max_deadline == node._timers.get(Alarm.LIFETIME, session.id)
+        must(same, "two lifetime deadlines:", session)
+
+    must(len(session.busy) <= session.workload.max_concurrent_tasks, "more runs than may run:", session)
+    must(not session.busy or state in (SessionState.WORKING, SessionState.DRAINING), "busy:", session)
+    must(bool(session.busy) or state is not SessionState.WORKING, "working on nothing:", session)
+    if state is SessionState.READY:
+        must(not session.queue, "a ready session lets tasks wait:", session)
+    if state is SessionState.WORKING and session.queue:
+        full = len(session.busy) == session.workload.max_concurrent_tasks
+        must(full, "a working session has room and lets tasks wait:", session)
+    if state is SessionState.DRAINING:
+        must(not session.queue, "tasks are queued in a session that drains:", session)
+        must(session.close_reason is not None, "it drains for no reason:", session)
+        if session.tearing_down:
+            must(not session.busy, "tasks are busy in a container that is being taken down:", session)
+        else:
+            must(bool(session.busy), "a grace period for nothing:", session)
+            must(session.close_reason is CloseReason.MAX_LIFETIME, "grace for another reason:", session)
+    if session.ended:
+        must(not session.queue and not session.busy, "work in a session that has ended:", session)
+        must(session.close_reason is not None and session.closed_at is not None, "no reason:", session)
+    else:
+        must(session.closed_at is None, "closed while alive:", session)
+    if session.task_type is TaskType.ONEOFF:
+        must(len(session.queue) + len(session.busy) <= 1, "a one-off session with two tasks:", session)
+
+    if holds_slots(session):
+        must(len(session.slot_ids) == session.workload.gpus, "fewer slots than asked for:", session)
+        for slot_id in session.slot_ids:
+            slot = node.slots[slot_id]
+            leased = slot.state is SlotState.LEASED and slot.holder == session.id
+            must(leased, "a session runs on a slot that is not leased to it:", session, slot)
+            must(slot.fence == session.fence, "the fences differ:", session, slot)
+            must(session.tier in slot.spec.tiers, "the wrong tier:", session, slot)
+    if node.shutting_down:
+        must(session.ended or session.tearing_down, "a session lives through the shutdown:", session)
+
+
+def _check_task(node: Node, task: Task) -> None:
+    alarms = _alarms_of(node, task.id) & TASK_ALARMS
+    session = node.sessions.get(task.session_id)
+    queued = session is not None and task.id in session.queue
+    busy = session is not None and task.id in session.busy
+    if task.ended:
+        must(not queued, "an ended task is queued:", task)
+        needed = {Alarm.FORGET_TASK, Alarm.CANCEL} if busy else {Alarm.FORGET_TASK}
+        must(alarms == needed, f"an ended task needs deadlines {needed}, it has {alarms}:", task)
+        must(task.finished_at is not None and task.position is None, "half ended:", task)
+        return
+    must(session is not None and not session.ended, "a task outlives its session:", task)
+    assert session is not None
+    must(not session.tearing_down, "a task outlives its session's container:", task, session)
+    running = task.state is TaskState.RUNNING
+    must((queued, busy) == (not running, running), "the task is in the wrong place:", task, session)
+    must(session.queue.count(task.id) == int(not running), "queued twice:", task, session)
+    needed = ({Alarm.TASK} if running else set()) | (set() if task.readers > 0 else {Alarm.DISCONNECT})
+    must(alarms == needed, f"a {task.state} task needs deadlines {needed}, it has {alarms}:", task)
+
+
+def _check_slots(node: Node) -> None:
+    for slot in node.slots:
+        indexed = [tiers for tiers, ids in node.slots._free.items() if slot.spec.id in ids]
+        wanted = [slot.spec.tiers] if slot.state is SlotState.FREE else []
+        must(indexed == wanted, "the index of free slots is wrong:", slot, indexed)
+        holders = [s.id for s in node.sessions.values() if holds_slots(s) and slot.spec.id in s.slot_ids]
+        if slot.state is SlotState.LEASED:
+            must(holders == [slot.holder], "a leased slot with other holders:", slot, holders)
+        else:
+            must(not holders, "a slot that is not leased has holders:", slot, holders)
+        if slot.state in (SlotState.FREE, SlotState.QUARANTINED):
+            must(slot.holder is None, "it belongs to nobody:", slot)
+        must((slot.fault is not None) or slot.state is not SlotState.QUARANTINED, "no fault:", slot)
+        must(slot.fault is None or slot.state is not SlotState.FREE, "free with a fault:", slot)
+    free = sum(slot.state is SlotState.FREE for slot in node.slots)
+    must(free == node.slots.free_count, "the count of free slots is wrong:", free)
+    fences = [session.fence for session in node.sessions.values() if session.fence]
+    must(len(fences) == len(set(fences)), "two sessions share a fence:", fences)
+
+
+def _check_line(node: Node) -> None:
+    waiting = [s.id for s in node.sessions.values() if s.state is SessionState.WAITING]
+    in_line = [session.id for session in node.line]
+    must(sorted(waiting) == sorted(in_line), "the line is not who waits:", waiting, in_line)
+    must(node.line.next_start(node.slots) is None, "someone waits who could start:", in_line)
+    for session in node.line:
+        must(bool(session.queue) or session.asked_for, "it waits for no task:", session)
+
+
+def _check_places(node: Node) -> None:
+    """Queued tasks know their place, in the line or in their session."""
+    ahead = {session.id: place for place, session in enumerate(node.line)}
+    for session in node.sessions.values():
+        if session.state in (SessionState.WAITING, SessionState.READY, SessionState.WORKING):
+            for index, task_id in enumerate(session.queue):
+                place = ahead.get(session.id, 0) + index + 1
+                must(node.tasks[task_id].position == place, f"place {place}:", node.tasks[task_id])
+    for task in node.tasks.values():
+        must(task.state is TaskState.QUEUED or task.position is None, "a place without a queue:", task)
+
+
+def _check_timers_have_owners(node: Node) -> None:
+    for alarm, entity_id in node._timers._when:
+        owners = node.sessions if alarm in SESSION_ALARMS else node.tasks
+        must(entity_id in owners, f"deadline {alarm} of nobody:", entity_id)
+
+
+def _alarms_of(node: Node, entity_id: str) -> set[Alarm]:
+    return {alarm for alarm in Alarm if node._timers.get(alarm, entity_id) is not None}

@@ -1,0 +1,178 @@
+"""A node told as a story: who does what, and when. The state is checked after every event."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from gpu_server.core import effects as fx
+from gpu_server.core import events as ev
+from gpu_server.core.errors import Failure, FailureCode
+from gpu_server.core.node import Node
+from gpu_server.core.sessions import CloseReason, Rules, Session, Task, TaskState, TaskType, Workload
+from gpu_server.core.slots import BOTH_TIERS, Certificate, Slot, SlotSpec, Tier
+from tests.core.invariants import check
+
+WORK = Workload(model_id="m", task_preset="chat")
+EXEC = Workload(model_id="m", task_preset="batch", serves_sessions=False)
+
+
+def work(**changes: Any) -> Workload:
+    """The usual preset, with changes."""
+    return Workload(**{"model_id": "m", "task_preset": "chat", **changes})
+
+
+def device(slot_id: str, tiers: frozenset[Tier] = BOTH_TIERS) -> SlotSpec:
+    """A GPU in the slot of this id."""
+    return SlotSpec(
+        id=slot_id, uuid=f"GPU-{slot_id}", name="L40S", memory_mb=46068, is_gpu=True, tiers=tiers
+    )
+
+
+class Story:
+    """A node with some slots, its clock, and everything it has said.
+
+    A task `t1` that gets a new session gets session `s1`.
+    """
+
+    def __init__(self, *slots: str | SlotSpec, washed: bool = True, **rules: float) -> None:
+        self.node = Node(Rules(**rules))  # type: ignore[arg-type]
+        self.now = 1000.0
+        self.said: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        specs = tuple(device(slot) if isinstance(slot, str) else slot for slot in slots or ("g0",))
+        self.tell(ev.NodeStarted(slots=specs))
+        if washed:
+            for spec in specs:
+                self.tell(ev.WashPassed(certificate=self.certificate(spec.id)))
+
+    def tell(self, event: ev.Event) -> list[fx.Effect]:
+        """Something happens now."""
+        effects = self.node.handle(event, self.now)
+        for effect in effects:
+            if isinstance(effect, fx.Publish):
+                self.said[effect.task_id].append((effect.event, dict(effect.data)))
+        check(self.node)
+        return effects
+
+    def after(self, seconds: float) -> list[fx.Effect]:
+        """Time passes, and every deadline on the way is met on time."""
+        until, effects = self.now + seconds, []
+        while (due := self.node.next_deadline()) is not None and due <= until:
+            self.now = max(self.now, due)
+            effects += self.tell(ev.Tick())
+        self.now = until
+        return effects
+
+    # -- requests
+
+    def submit(
+        self,
+        task_id: str = "t1",
+        *,
+        to: str | None = None,
+        tenant: str = "ann",
+        kind: TaskType = TaskType.SESSION,
+        tier: Tier | None = None,
+        workload: Workload = WORK,
+        timeout: float = 60.0,
+        read: bool = True,
+    ) -> list[fx.Effect]:
+        """A tenant submits a task, and reads its stream unless told otherwise."""
+        effects = self.tell(
+            ev.TaskSubmitted(
+                task_id=task_id,
+                tenant=tenant,
+                task_type=kind,
+                tier=tier,
+                workload=workload,
+                session_id=to,
+                new_session_id=task_id.replace("t", "s", 1),
+                timeout=timeout,
+            )
+        )
+        if read:
+            self.tell(ev.ReaderCame(task_id=task_id))
+        return effects
+
+    def ask(
+        self, session_id: str = "s1", *, tenant: str = "ann", tier: Tier | None = None, workload: Workload = WORK
+    ) -> list[fx.Effect]:
+        """A tenant asks for a session ahead of its first task."""
+        event = ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload)
+        return self.tell(event)
+
+    def kill(self, session_id: str = "s1", tenant: str = "ann") -> list[fx.Effect]:
+        return self.tell(ev.SessionKillRequested(session_id=session_id, tenant=tenant))
+
+    def keep_alive(self, session_id: str = "s1", tenant: str = "ann") -> list[fx.Effect]:
+        return self.tell(ev.KeepaliveRequested(session_id=session_id, tenant=tenant))
+
+    def cancel(self, task_id: str = "t1", tenant: str = "ann") -> list[fx.Effect]:
+        return self.tell(ev.TaskCancelRequested(task_id=task_id, tenant=tenant))
+
+    # -- what became of effects
+
+    def ready(self, session_id: str = "s1") -> list[fx.Effect]:
+        """The worker of this session comes up."""
+        self.tell(ev.WorkerCreated(session_id=session_id, container_id=f"c-{session_id}"))
+        return self.tell(ev.WorkerReady(session_id=session_id))
+
+    def lose(
+        self, session_id: str = "s1", reason: CloseReason = CloseReason.WORKER_EXITED, log_tail: str = ""
+    ) -> list[fx.Effect]:
+        failure = Failure(code=FailureCode.WORKER_EXITED, message="exit code 137")
+        return self.tell(
+            ev.WorkerLost(session_id=session_id, reason=reason, failure=failure, log_tail=log_tail)
+        )
+
+    def end(
+        self, task_id: str = "t1", state: TaskState = TaskState.COMPLETED, failure: Failure | None = None
+    ) -> list[fx.Effect]:
+        """The worker says that it is done with a task."""
+        session_id = self.task(task_id).session_id
+        return self.tell(
+            ev.TaskEnded(session_id=session_id, task_id=task_id, state=state, failure=failure)
+        )
+
+    def certificate(self, slot_id: str) -> Certificate:
+        """The certificate that would free this slot now."""
+        slot = self.node.slots[slot_id]
+        return Certificate(kind="teardown", slot_id=slot_id, slot_uuid=slot.spec.uuid, fence=slot.fence)
+
+    def passes(self, slot_id: str) -> list[fx.Effect]:
+        """The wash of this slot passes."""
+        return self.tell(ev.WashPassed(certificate=self.certificate(slot_id)))
+
+    def gone(self, session_id: str = "s1") -> list[fx.Effect]:
+        return self.tell(ev.ContainerGone(session_id=session_id))
+
+    def clean_up(self, session_id: str = "s1") -> list[fx.Effect]:
+        """The session's container is gone, and its slots are clean."""
+        slot_ids = self.session(session_id).slot_ids
+        return self.gone(session_id) + [effect for slot_id in slot_ids for effect in self.passes(slot_id)]
+
+    # -- what there is to see
+
+    def session(self, session_id: str = "s1") -> Session:
+        return self.node.sessions[session_id]
+
+    def task(self, task_id: str = "t1") -> Task:
+        return self.node.tasks[task_id]
+
+    def slot(self, slot_id: str = "g0") -> Slot:
+        return self.node.slots[slot_id]
+
+    def names(self, task_id: str = "t1") -> list[str]:
+        """The events of a task so far: `connection:queued`, `queue:2`, `task_finish:completed`, ..."""
+        keys = {"connection": "status", "worker": "status", "queue": "position", "progress": "stage"}
+        keys |= {"task_finish": "status", "error": "code"}
+        return [f"{event}:{data[keys[event]]}" for event, data in self.said[task_id]]
+
+    def last(self, task_id: str = "t1") -> dict[str, Any]:
+        """The data of the last event of a task."""
+        return self.said[task_id][-1][1]
+
+
+def only(effects: list[fx.Effect], kind: type[fx.Effect]) -> list[Any]:
+    """The effects of one kind."""
+    return [effect for effect in effects if isinstance(effect, kind)]

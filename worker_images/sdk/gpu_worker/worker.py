@@ -1,0 +1,128 @@
+"""The author's side: two decorators and `run`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from gpu_worker import frames
+from gpu_worker.output import captured
+from gpu_worker.server import Health, Routes, listening
+from gpu_worker.tasks import Tasks, describe, in_thread
+
+HISTORY_BYTES = 8 << 20
+_STOP_SECONDS = 1.0  # for tasks to end after SIGTERM
+_EXIT_SECONDS = 2.5  # then the process ends, whatever still runs
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Progress(Protocol):
+    """Given to an `async def` load function."""
+
+    async def __call__(self, stage: str, done: float, total: float | None = None) -> None: ...
+
+
+class BlockingProgress(Protocol):
+    """Given to a plain `def` load function."""
+
+    def __call__(self, stage: str, done: float, total: float | None = None) -> None: ...
+
+
+class Worker:
+    """One worker process: it loads once, then runs tasks until SIGTERM."""
+
+    def __init__(self) -> None:
+        self._load_function: Callable[..., Any] | None = None
+        self._task_function: Callable[..., Any] | None = None
+        self.health = Health(session_id=None)
+
+    def load(self, function: Function) -> Function:
+        """Decorator for `load(progress)`, which runs before the worker is ready and returns `task.state`."""
+        self._load_function = function
+        return function
+
+    def task(self, function: Function) -> Function:
+        """Decorator for `run(task, emit)`. It may return a dict, the task's usage."""
+        self._task_function = function
+        return function
+
+    def run(self) -> None:
+        """Serve on GPU_WORKER_SOCKET until SIGTERM or SIGINT."""
+        path = os.environ.get("GPU_WORKER_SOCKET")
+        if not path:
+            sys.exit("GPU_WORKER_SOCKET is not set: it names the Unix socket to serve on")
+        with captured():
+            asyncio.run(self._until_signal(Path(path)))
+
+    async def serve(
+        self,
+        path: Path,
+        stop: asyncio.Event,
+        *,
+        session_id: str | None = None,
+        history_bytes: int = HISTORY_BYTES,
+    ) -> None:
+        """Serve on the Unix socket `path` until `stop` is set. `run` for those who have an event loop."""
+        if self._task_function is None:
+            raise RuntimeError("no function is decorated with @worker.task")
+        self.health = Health(session_id=session_id)
+        async with asyncio.TaskGroup() as group:
+            tasks = Tasks(group, history_bytes)
+            app = Routes(self.health, tasks, self._task_function).application()
+            async with listening(app, path):
+                loading = group.create_task(self._load(), name="load")
+                await stop.wait()
+                loading.cancel()
+                self.health.status, self.health.message = "failed", "the worker is stopping"
+                await tasks.stop(_STOP_SECONDS)
+
+    async def _until_signal(self, path: Path) -> None:
+        stop = asyncio.Event()
+
+        def stopping() -> None:
+            stop.set()
+            guard = threading.Timer(_EXIT_SECONDS, os._exit, (0,))
+            guard.daemon = True
+            guard.start()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopping)
+        await self.serve(
+            path,
+            stop,
+            session_id=os.environ.get("GPU_SESSION_ID"),
+            history_bytes=int(os.environ.get("GPU_WORKER_HISTORY_BYTES", HISTORY_BYTES)),
+        )
+
+    async def _load(self) -> None:
+        health = self.health
+        try:
+            if self._load_function is None:
+                health.state = None
+            elif inspect.iscoroutinefunction(self._load_function):
+                health.state = await self._load_function(self._progress)
+            else:
+                load = self._load_function
+                health.state = await in_thread("load", lambda: load(self._note_progress))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (author's code)
+            traceback.print_exc()
+            health.status, health.message = "failed", describe(error)
+        else:
+            health.status = "ready"
+        health.progress = None
+
+    async def _progress(self, stage: str, done: float, total: float | None = None) -> None:
+        self._note_progress(stage, done, total)
+        await asyncio.sleep(0)
+
+    def _note_progress(self, stage: str, done: float, total: float | None = None) -> None:
+        self.health.progress = frames.progress_data(stage, done, total)
