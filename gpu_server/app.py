@@ -20,7 +20,7 @@ from gpu_server.settings import Settings
 GRACEFUL_CLOSE_SECONDS = 10
 
 # The service ends its streams itself, with `task_finish`; sse-starlette would cut them at SIGTERM.
-AppStatus.disable_automatic_graceful_drain()
+AppStatus.enable_automatic_graceful_drain = False
 
 
 def create_app(service: Service) -> FastAPI:

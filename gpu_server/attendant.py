@@ -18,7 +18,7 @@ import structlog
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.sessions import CloseReason, TaskState
-from gpu_server.drivers.run_folder import PinnedSocket, RunFolders
+from gpu_server.drivers.run_folder import ConnectPath, RunFolders
 from gpu_server.drivers.worker_link import LinkBroken, TaskRefused, WorkerLink
 from gpu_server.exec_output import ExecOutput
 from gpu_server.frames import FrameReader, ProtocolFault
@@ -27,6 +27,7 @@ from gpu_server.ports import (
     Contract,
     CreatedWorker,
     Output,
+    RunFolder,
     RunFolderFault,
     RuntimeUnreachable,
     StartRefused,
@@ -54,7 +55,7 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How to start one worker. `spec` is made when the run folder exists."""
+    """How to start one worker; `spec` is asked for when the run folder exists."""
 
     session_id: str
     image: str
@@ -62,7 +63,7 @@ class Plan:
     uid: int
     task_input: bytes | None
     find_model: Callable[[], None]
-    spec: Callable[[RunFolders], WorkerSpec]
+    spec: Callable[[RunFolder], WorkerSpec]
 
 
 class Attendant:
@@ -70,13 +71,13 @@ class Attendant:
 
     def __init__(self, plan: Plan, runtime: ContainerRuntime, folders: RunFolders, host: Host) -> None:
         self.plan = plan
-        self.name: str | None = None
         self._runtime, self._folders, self._host = runtime, folders, host
         self._log = log.bind(session_id=plan.session_id)
         self._tasks: set[asyncio.Task[None]] = set()
         self._exited: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
+        self._spec: WorkerSpec | None = None
         self._worker: CreatedWorker | None = None
-        self._socket: PinnedSocket | None = None
+        self._socket: ConnectPath | None = None
         self._link: WorkerLink | None = None
         self._start: asyncio.Task[None] | None = None
         self._creating: asyncio.Task[None] | None = None
@@ -110,10 +111,10 @@ class Attendant:
 
     def check_folder(self) -> None:
         """Look whether the worker keeps its run folder within bounds."""
-        if self._worker is None or self._closing:
+        if self._spec is None or self._closing:
             return
         try:
-            self._folders.check(self.plan.session_id)
+            self._folders.check(self._spec.folder)
         except RunFolderFault as fault:
             self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.RUN_FOLDER_FAULT, str(fault))
 
@@ -135,7 +136,7 @@ class Attendant:
         if self._socket is not None:
             self._socket.close()
         if self._worker is not None:
-            await self._worker.output.aclose()
+            self._worker.output.close()
 
     # -- starting -------------------------------------------------------------------------------------------
 
@@ -160,10 +161,7 @@ class Attendant:
         self._stage("image")
         await self._runtime.require_image(plan.image)
         self._stage("container")
-        self._folders.create(session_id, plan.uid, plan.task_input)
-        spec = plan.spec(self._folders)
-        self.name = spec.name
-        self._worker = await self._create(spec)
+        self._worker, spec = await self._create()
         self._host.report(ev.WorkerCreated(session_id=session_id, container_id=self._worker.container_id))
         if plan.contract is Contract.HTTP:
             self._output = self._spawn("output", self._keep_tail(self._worker))
@@ -173,22 +171,25 @@ class Attendant:
         self._ready = True
         self._host.report(ev.WorkerReady(session_id=session_id))
 
-    async def _create(self, spec: WorkerSpec) -> CreatedWorker:
-        """Create the container in a task of its own, which `close` waits for instead of cancelling it."""
-        problem: list[StartRefused | RuntimeUnreachable] = []
+    async def _create(self) -> tuple[CreatedWorker, WorkerSpec]:
+        """Make run folder and container in a task of its own, which `close` waits for, never cancels."""
+        made: asyncio.Future[tuple[CreatedWorker, WorkerSpec]] = asyncio.get_running_loop().create_future()
+        plan = self.plan
 
         async def create() -> None:
             try:
-                self._worker = await self._runtime.create(spec)
-            except (StartRefused, RuntimeUnreachable) as error:
-                problem.append(error)
+                folder = await asyncio.to_thread(
+                    self._folders.create, plan.session_id, plan.uid, plan.task_input
+                )
+                self._spec = plan.spec(folder)
+                self._worker = await self._runtime.create(self._spec)
+                made.set_result((self._worker, self._spec))
+            except (StartRefused, RuntimeUnreachable, OSError) as error:
+                made.set_exception(error)
+                made.exception()  # so that nobody complains when the start was cancelled meanwhile
 
-        self._creating = self._host.spawn(f"{spec.session_id}: create", create())
-        await asyncio.wait([self._creating])
-        if problem:
-            raise problem[0]
-        assert self._worker is not None
-        return self._worker
+        self._creating = self._host.spawn(f"{plan.session_id}: create", create())
+        return await asyncio.shield(made)
 
     async def _until_ready(self, spec: WorkerSpec) -> None:
         """Wait for the socket, then for `ready`. The start deadline is the core's; an exit ends this task."""
@@ -212,7 +213,7 @@ class Attendant:
     def _connect(self, spec: WorkerSpec) -> WorkerLink:
         """The link to the worker's socket. Raises `LinkBroken` while nobody listens there."""
         if self._socket is None:
-            self._socket = self._folders.open_socket(spec.session_id)
+            self._socket = self._folders.connect_path(spec.folder)
             if self._socket is None:
                 raise LinkBroken("the worker has no socket yet")
         if self._link is None:
@@ -341,6 +342,11 @@ class Attendant:
         )
 
     # -- output ---------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str | None:
+        """The container's name, once there is to be one."""
+        return self._spec.name if self._spec is not None else None
 
     @property
     def is_started(self) -> bool:

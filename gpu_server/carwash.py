@@ -7,6 +7,7 @@ backoff, until `give_up` seconds have passed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import structlog
@@ -78,7 +79,7 @@ class CarWash:
         """Container and run folder removed and seen gone. Raises `RuntimeUnreachable` or `OSError`."""
         if order.session_id is not None:
             await self._runtime.remove(worker_name(order.session_id, order.fence), grace=order.grace)
-            self._folders.remove(order.session_id)
+            await asyncio.to_thread(self._folders.remove, order.session_id)
             return
         await self.remove_residue()
 
@@ -95,7 +96,7 @@ class CarWash:
                 removed += 1
         for session_id in self._folders.names():
             if not self._is_live(session_id):
-                self._folders.remove(session_id)
+                await asyncio.to_thread(self._folders.remove, session_id)
                 removed += 1
         return removed
 

@@ -19,7 +19,9 @@ from gpu_server import __version__, log, presets
 from gpu_server.client import Client, Refused, TaskEvent
 from gpu_server.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Lease GPUs to containers, one tenant each.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Lease GPUs to containers, one tenant each."
+)
 sessions_app = typer.Typer(no_args_is_help=True, help="Look at and end sessions.")
 presets_app = typer.Typer(no_args_is_help=True, help="The presets file.")
 app.add_typer(sessions_app, name="sessions")
@@ -30,10 +32,13 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Url = Annotated[str, typer.Option("--url", envvar="GPU_SERVER_URL", help="Address of the service.")]
 Key = Annotated[
     str | None,
-    typer.Option("--api-key", envvar=["GPU_SERVER_API_KEY", "INTERNAL_API_KEY"], help="API key.", show_default=False),
+    typer.Option(
+        "--api-key", envvar=["GPU_SERVER_API_KEY", "INTERNAL_API_KEY"], help="API key.", show_default=False
+    ),
 ]
 TenantName = Annotated[
-    str | None, typer.Option("--tenant", envvar="GPU_SERVER_TENANT", help="Act as this tenant (internal key).")
+    str | None,
+    typer.Option("--tenant", envvar="GPU_SERVER_TENANT", help="Act as this tenant (internal key)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 DEFAULT_URL = "http://127.0.0.1:8001"
@@ -75,7 +80,9 @@ def serve() -> None:
 def submit(
     model: Annotated[str, typer.Argument(help="model_id")],
     preset: Annotated[str, typer.Argument(help="task_preset")],
-    metadata: Annotated[str, typer.Argument(help="The worker's input: a JSON object, or - for standard input.")] = "{}",
+    metadata: Annotated[
+        str, typer.Argument(help="The worker's input: a JSON object, or - for standard input.")
+    ] = "{}",
     prompt: Annotated[str | None, typer.Option(help="Short for metadata {'prompt': ...}.")] = None,
     oneoff: Annotated[bool, typer.Option("--oneoff", help="In a container of its own.")] = False,
     session: Annotated[str | None, typer.Option(help="Queue behind this session.")] = None,
@@ -101,7 +108,11 @@ def submit(
         "task_preset": preset,
         "metadata": given,
     }
-    for name, value in (("session_id", session), ("task_difficulty", difficulty), ("timeout_seconds", timeout)):
+    for name, value in (
+        ("session_id", session),
+        ("task_difficulty", difficulty),
+        ("timeout_seconds", timeout),
+    ):
         if value is not None:
             body[name] = value
 
@@ -138,7 +149,9 @@ class EventPrinter:
         if self._in_text:
             self._in_text = False
             out.print()
-        details = " ".join(f"{name}={_short(value)}" for name, value in event.data.items() if value is not None)
+        details = " ".join(
+            f"{name}={_short(value)}" for name, value in event.data.items() if value is not None
+        )
         colour = {"error": "red", "task_finish": "green", "logs": "yellow"}.get(event.event, "cyan")
         out.print(f"[{colour}]{event.event:<12}[/] ", end="")
         out.print(details, markup=False)
@@ -159,10 +172,14 @@ def sessions_list(
         for session in answer["sessions"]:
             print(orjson.dumps(session).decode())
         return
-    table = Table("session", "model", "preset", "state", "slots", "running", "waiting", "done", "ends", box=None)
+    table = Table(
+        "session", "model", "preset", "state", "slots", "running", "waiting", "done", "ends", box=None
+    )
     for session in answer["sessions"]:
         queue, expiry = session["queue"], session["expiry"]
-        ends = f"{expiry['effective']} ({expiry['reason']})" if expiry["effective"] else session["close_reason"]
+        ends = (
+            f"{expiry['effective']} ({expiry['reason']})" if expiry["effective"] else session["close_reason"]
+        )
         table.add_row(
             session["session_id"],
             session["model_id"],
@@ -196,7 +213,9 @@ def sessions_keepalive(
     session_id: str, url: Url = DEFAULT_URL, api_key: Key = None, tenant: TenantName = None
 ) -> None:
     """Renew a session's idle deadline."""
-    _print_session(_run(url, api_key, tenant, lambda c: c.call("POST", f"/api/sessions/{session_id}/keepalive")))
+    _print_session(
+        _run(url, api_key, tenant, lambda c: c.call("POST", f"/api/sessions/{session_id}/keepalive"))
+    )
 
 
 @presets_app.command("check")

@@ -28,6 +28,7 @@ from gpu_server.ports import (
     ContainerRuntime,
     Contract,
     ModelStore,
+    RunFolder,
     SlotReading,
     StartRefused,
     WorkerExit,
@@ -259,7 +260,7 @@ class Engine:
                     FailureCode.MODEL_MISSING, f"model {workload.model_id} is not in the model store"
                 )
 
-        def spec(folders: RunFolders) -> WorkerSpec:
+        def spec(folder: RunFolder) -> WorkerSpec:
             return WorkerSpec(
                 name=worker_name(session.id, effect.fence),
                 session_id=session.id,
@@ -278,7 +279,7 @@ class Engine:
                 gpu_uuids=tuple(slot.uuid for slot in slots if slot.is_gpu),
                 uid=uid,
                 model_path=self._models.find(workload.model_id) if preset.model == "folder" else None,
-                folder=folders.folder(session.id),
+                folder=folder,
                 limits=preset.limits,
             )
 

@@ -105,13 +105,24 @@ class Output:
     data: bytes
 
 
+class WorkerOutput(Protocol):
+    """What one worker writes, for one reader; it ends with the worker."""
+
+    def __aiter__(self) -> AsyncIterator[Output]: ...
+
+    async def __anext__(self) -> Output: ...
+
+    def close(self) -> None:
+        """Let go of it. A reader that waits sees the end; closing twice is closing once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreatedWorker:
     """A worker that exists and has not started. `output` was attached before the start and ends with it."""
 
     name: str
     container_id: str
-    output: AsyncIterator[Output]
+    output: WorkerOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,14 +66,15 @@ async def open_service(
         loaded = presets.load(settings.model_presets_file, settings.allowed_docker_images)
         for model_id, name, preset in loaded:
             if not loaded.allows(preset.docker_image):
-                log.warning("preset.image_not_allowed", model_id=model_id, preset=name, image=preset.docker_image)
+                log.warning(
+                    "preset.image_not_allowed", model_id=model_id, preset=name, image=preset.docker_image
+                )
         instance = _instance_id(settings.state_dir)
         runtime = await _choose_runtime(settings, instance)
-        inventory = choose_inventory(
+        inventory = await choose_inventory(
             cpu_slots=settings.cpu_slots,
             device_ids=settings.gpu_device_ids,
             tiers=settings.gpu_device_difficulty,
-            instance=instance,
         )
         slots = await inventory.discover()
         clock, models = BootClock(), FolderModelStore(settings.models_dir)
@@ -130,13 +131,7 @@ def _start_work(engine: Engine, inventory: SlotInventory, settings: Settings) ->
 
 async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
     """Docker, or processes where there is certainly neither an engine nor a GPU. Fails closed."""
-    socket = Path("/var/run/docker.sock")
-    if settings.runtime == "auto":
-        no_docker = not socket.exists() and "DOCKER_HOST" not in os.environ
-        use_docker = not no_docker or Path("/dev/nvidiactl").exists()
-    else:
-        use_docker = settings.runtime == "docker"
-    if not use_docker:
+    if settings.runtime == "process" or (settings.runtime == "auto" and not _docker_belongs_here()):
         return ProcessRuntime(instance, settings.run_dir, _working_dir(settings))
     runtime = DockerRuntime(instance)
     try:
@@ -148,6 +143,12 @@ async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime
             " as plain processes, which isolates nothing."
         ) from error
     return runtime
+
+
+def _docker_belongs_here() -> bool:
+    """Whether this machine has a Docker socket, names an engine, or has a GPU that needs one."""
+    places = (Path("/var/run/docker.sock"), Path("/dev/nvidiactl"))
+    return "DOCKER_HOST" in os.environ or any(place.exists() for place in places)
 
 
 def _working_dir(settings: Settings) -> Path:
@@ -179,7 +180,9 @@ def _own_key(state_dir: Path) -> str:
     """The internal key of a service that was given none; made once, and only its place is told."""
     path = state_dir / "internal_api_key"
     key = _kept(path, lambda: secrets.token_urlsafe(32))
-    log.warning("service.internal_api_key", message="INTERNAL_API_KEY is not set; using the key in", path=str(path))
+    log.warning(
+        "service.internal_api_key", message="INTERNAL_API_KEY is not set; using the key in", path=str(path)
+    )
     return key
 
 
@@ -206,7 +209,7 @@ def _warnings(settings: Settings) -> tuple[str, ...]:
 
 
 def _on_tmpfs(path: Path) -> bool:
-    """Whether the file system that holds `path` is a tmpfs, by /proc/mounts; False where that is not there."""
+    """Whether the file system that holds `path` is a tmpfs, by /proc/mounts; False where there is none."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:

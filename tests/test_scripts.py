@@ -122,15 +122,17 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def set_up(checkout: Path, script: str = "setup", **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        "bash",
-        "-euo",
-        "pipefail",
-        "-c",
-        f"source scripts/lib/setup.sh; {script}",
-        cwd=checkout,
-        **environment,
+    # A Python whose venvs come without pip: that is quick, and _pip is replaced wherever it would be called.
+    python = checkout / "python-for-tests"
+    python.write_text(
+        "#!/bin/sh\n"
+        'if [ "$2" = venv ]; then shift 2; set -- -m venv --without-pip "$@"; fi\n'
+        f'exec {sys.executable} "$@"\n'
     )
+    python.chmod(0o755)
+    environment = {"PYTHON": str(python), **environment}
+    command = f"source scripts/lib/setup.sh; {script}"
+    return run("bash", "-euo", "pipefail", "-c", command, cwd=checkout, **environment)
 
 
 # A pip that writes down what it was asked for, in place of a minute of installing.
@@ -191,7 +193,7 @@ def test_setup_names_the_package_that_is_missing(checkout: Path) -> None:
 
 def test_setup_says_which_python_it_needs(checkout: Path) -> None:
     """No Python that is new enough: the message says so, and how to name one."""
-    result = set_up(checkout, "PATH=; find_python")
+    result = set_up(checkout, "PATH=/nonexistent; find_python", PYTHON="")
     assert result.returncode != 0
     assert "Python 3.11 or newer" in result.stderr
 

@@ -39,7 +39,8 @@ def optional_tenant(
     tenant = request.headers.get("x-tenant-id", DEFAULT_TENANT)
     if _TENANT.fullmatch(tenant) is None:
         raise Refusal(
-            RefusalCode.INVALID_REQUEST, "X-Tenant-ID must be 1 to 128 characters of letters, digits and ._:/-"
+            RefusalCode.INVALID_REQUEST,
+            "X-Tenant-ID must be 1 to 128 characters of letters, digits and ._:/-",
         )
     return tenant
 

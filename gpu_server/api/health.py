@@ -1,4 +1,4 @@
-"""`/health`: whether this node serves, and the state of each slot. Open to all; holders only to their tenant."""
+"""`/health`: whether this node serves, and each slot. Open to all; holders only to their own tenant."""
 
 from __future__ import annotations
 

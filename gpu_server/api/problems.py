@@ -74,7 +74,8 @@ def install(app: FastAPI) -> None:
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # The input itself is left out: it may be somebody's prompt, and may be huge.
         errors = [
-            {"where": ".".join(map(str, detail["loc"])), "what": detail["msg"]} for detail in error.errors()[:20]
+            {"where": ".".join(map(str, detail["loc"])), "what": detail["msg"]}
+            for detail in error.errors()[:20]
         ]
         first = f"{errors[0]['where']}: {errors[0]['what']}" if errors else "the request is not valid"
         return problem(Refusal(RefusalCode.INVALID_REQUEST, first), errors=errors)

@@ -24,7 +24,9 @@ from gpu_server.stream import Stream
 
 router = APIRouter(prefix="/api/tasks", tags=["tasks"], route_class=BoundedRoute)
 
-SSE = {200: {"description": "Server-sent events", "content": {"text/event-stream": {}}}}
+SSE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events", "content": {"text/event-stream": {}}}
+}
 
 
 class SubmitBody(BaseModel):
@@ -46,7 +48,9 @@ async def submit(body: SubmitBody, service: TheService, tenant: Tenant) -> Event
     """Submit a task and follow its events. The first is `connection`, the last `task_finish`."""
     check_depth(body.metadata, service.settings.metadata_max_depth)
     if body.session_id is not None and body.task_type == "oneoff":
-        raise Refusal(RefusalCode.INVALID_REQUEST, "a oneoff task has a session of its own: leave out session_id")
+        raise Refusal(
+            RefusalCode.INVALID_REQUEST, "a oneoff task has a session of its own: leave out session_id"
+        )
     preset = service.presets.get(body.model_id, body.task_preset)
     submission = Submission(
         task_id=new_id("t"),

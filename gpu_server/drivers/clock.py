@@ -22,10 +22,17 @@ class BootClock:
         """Seconds since boot, suspended time included."""
         return time.clock_gettime(self._clock)
 
-    async def sleep_until(self, when: float) -> None:
-        """Return when `now()` has reached `when`, at once if it has."""
-        while (left := when - self.now()) > 0:  # noqa: ASYNC110 -- it is the clock that is waited for
-            await asyncio.sleep(min(left, _SLICE))
+    async def sleep_until(self, when: float | None, *, wake: asyncio.Event | None = None) -> None:
+        """Return when `now()` has reached `when` (None: never), or when `wake` is set."""
+        wake = wake or asyncio.Event()
+        while when is None or when > self.now():
+            left = _SLICE if when is None else min(when - self.now(), _SLICE)
+            try:
+                async with asyncio.timeout(left):
+                    await wake.wait()
+                return
+            except TimeoutError:
+                continue
 
 
 def boot_id() -> str:

@@ -85,7 +85,7 @@ class DockerRuntime:
         self._pool: ThreadPoolExecutor | None = None
         self._listener: ExitListener | None = None
         self._exits: dict[str, set[asyncio.Event]] = {}
-        self._outputs: weakref.WeakSet[AttachedOutput] = weakref.WeakSet()
+        self._outputs: weakref.WeakValueDictionary[str, AttachedOutput] = weakref.WeakValueDictionary()
         self._pulls: set[threading.Event] = set()
 
     async def open(self, heard_exit: Callable[[WorkerExit], None]) -> None:
@@ -123,7 +123,7 @@ class DockerRuntime:
         client, self._client = self._client, None
         for stop in self._pulls:
             stop.set()
-        for output in list(self._outputs):
+        for output in list(self._outputs.values()):
             output.close()
         if listener is not None:
             await asyncio.to_thread(listener.close, 5.0)
@@ -133,9 +133,15 @@ class DockerRuntime:
             client.close()
 
     async def ping(self) -> None:
-        """Ask the engine for a sign of life. Raises `RuntimeUnreachable`."""
-        with _unreachable():
-            await self._call(lambda client: client.ping())
+        """Ask the engine for a sign of life, open or not. Raises `RuntimeUnreachable`."""
+
+        def ping() -> None:
+            self._connect().close()  # agreeing on a version is a question and an answer
+
+        try:
+            await call_in_thread(ping, limit=self._call_timeout, name="docker-ping")
+        except (TimeoutError, *ENGINE_ERRORS) as error:
+            raise RuntimeUnreachable(f"the Docker engine is not reachable: {short(error)}") from error
 
     async def require_image(self, image: str) -> None:
         """See the port. An image that is not there is pulled once, for at most `pull_timeout` seconds."""
@@ -166,8 +172,8 @@ class DockerRuntime:
             container_id, connection = await self._call(
                 lambda client: self._create(client, spec), discard=lambda created: created[1].close()
             )
-        output = AttachedOutput(connection)
-        self._outputs.add(output)
+        self._end_output(spec.name)
+        output = self._outputs[spec.name] = AttachedOutput(connection)
         return CreatedWorker(name=spec.name, container_id=container_id, output=output)
 
     async def start(self, name: str) -> None:
@@ -179,8 +185,12 @@ class DockerRuntime:
                 raise StartRefused(FailureCode.START_FAILED, f"there is no worker {name} to start")
             client.start(found["Id"])
 
-        with _refused():
-            await self._call(start)
+        try:
+            with _refused():
+                await self._call(start)
+        except StartRefused:
+            self._end_output(name)
+            raise
 
     async def remove(self, name: str, *, grace: float) -> None:
         """See the port."""
@@ -192,6 +202,8 @@ class DockerRuntime:
             if found["State"]["Running"] and grace > 0:
                 await self._terminate(container_id, grace)
             await self._remove_for_certain(container_id)
+        if found["State"]["StartedAt"] == _NEVER_STARTED:
+            self._end_output(name)
 
     async def list_workers(self) -> tuple[SeenWorker, ...]:
         """See the port."""
@@ -316,6 +328,11 @@ class DockerRuntime:
                 raise RuntimeUnreachable(f"container {container_id[:12]} cannot be removed: {problem}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
+
+    def _end_output(self, name: str) -> None:
+        """The engine ends what is attached to a container when that exits, and not when it never started."""
+        if (output := self._outputs.pop(name, None)) is not None:
+            output.close()
 
     async def _call(self, do: Callable[[APIClient], T], discard: Callable[[T], None] | None = None) -> T:
         client = self._client

@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 from gpu_server.core.errors import FailureCode
 from gpu_server.drivers.clock import boot_id
-from gpu_server.drivers.process_output import PipedOutput, make_pipes, remove_pipes, reopen_pipes
+from gpu_server.drivers.process_output import DiscardedOutput, PipedOutput, make_pipes, remove_pipes
 from gpu_server.drivers.process_record import (
     ProcessRecord,
     read_record,
@@ -57,7 +57,6 @@ class _Created:
 
     spec: WorkerSpec
     command: tuple[str, ...]
-    output: weakref.ref[PipedOutput]
     writers: tuple[int, int]
 
     def let_go(self) -> None:
@@ -67,12 +66,11 @@ class _Created:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Watch:
-    """A running worker: its pidfd, readable when it ends, its output, and the event set when it was heard."""
+    """A running worker: its pidfd, readable when it ends, and the event that is set when it was heard."""
 
     pidfd: int
     folder: Path
     ended: asyncio.Event
-    output: weakref.ref[PipedOutput]
 
 
 class ProcessRuntime:
@@ -92,9 +90,8 @@ class ProcessRuntime:
         self._heard_exit: Callable[[WorkerExit], None] | None = None
         self._created: dict[str, _Created] = {}
         self._watched: dict[str, _Watch] = {}
-        self._outputs: weakref.WeakSet[PipedOutput] = weakref.WeakSet()
-        self._drained: dict[str, PipedOutput] = {}
-        self._drains: dict[str, asyncio.Handle] = {}
+        self._outputs: weakref.WeakValueDictionary[str, PipedOutput] = weakref.WeakValueDictionary()
+        self._discarded: dict[str, DiscardedOutput] = {}
 
     async def open(self, heard_exit: Callable[[WorkerExit], None]) -> None:
         """Find the workers of an earlier life and listen. Exits that happened before are heard too, once."""
@@ -103,7 +100,8 @@ class ProcessRuntime:
         for folder, record in records(self._run_dir, self._instance):
             if record.leader is None:
                 continue
-            if self._runs(record) and self._watch(folder, record, record.leader, reopen_pipes(folder)):
+            if self._runs(record) and self._watch(folder, record, record.leader):
+                self._discarded[record.name] = DiscardedOutput(folder)
                 continue
             code = record.exit_code if record.exit_code is not None else self._reap(record)
             loop.call_soon(heard_exit, _exit(record, code))
@@ -114,12 +112,16 @@ class ProcessRuntime:
         for watch in self._watched.values():
             loop.remove_reader(watch.pidfd)
             os.close(watch.pidfd)
+            watch.ended.set()
         self._watched.clear()
         for created in self._created.values():
             created.let_go()
         self._created.clear()
-        for output in list(self._outputs):
+        for output in list(self._outputs.values()):
             output.close()
+        for discarded in self._discarded.values():
+            discarded.close()
+        self._discarded.clear()
         self._heard_exit = None
 
     async def require_image(self, image: str) -> None:
@@ -144,10 +146,8 @@ class ProcessRuntime:
             output, writers = make_pipes(folder)
         except OSError as error:
             raise StartRefused(FailureCode.START_FAILED, f"the run folder is not usable: {error}") from error
-        self._outputs.add(output)
-        self._created[spec.name] = _Created(
-            spec=spec, command=command, output=weakref.ref(output), writers=writers
-        )
+        self._outputs[spec.name] = output
+        self._created[spec.name] = _Created(spec=spec, command=command, writers=writers)
         return CreatedWorker(name=spec.name, container_id=spec.name, output=output)
 
     async def start(self, name: str) -> None:
@@ -167,8 +167,8 @@ class ProcessRuntime:
             record = dataclasses.replace(
                 self._record(created.spec), pid=leader.pid, start_time=leader.start_time
             )
+            self._watch(folder, record, leader)
             write_record(folder, record)
-            self._watch(folder, record, leader, created.output())
             with contextlib.suppress(BrokenPipeError):  # it was killed meanwhile, which is heard as an exit
                 os.write(gate_write, b"go\n")
         except OSError as error:
@@ -180,7 +180,9 @@ class ProcessRuntime:
 
     async def remove(self, name: str, *, grace: float) -> None:
         """See the port. A pid is signalled only if its start time is the recorded one."""
-        found = next((entry for entry in records(self._run_dir, self._instance) if entry[1].name == name), None)
+        found = next(
+            (entry for entry in records(self._run_dir, self._instance) if entry[1].name == name), None
+        )
         if found is None:
             return
         folder, record = found
@@ -189,9 +191,10 @@ class ProcessRuntime:
             await self._end(record.leader, record.marker, watch, grace)
         if (created := self._created.pop(name, None)) is not None:
             created.let_go()
-        if watch is not None and (output := watch.output()) is not None:
+        if (output := self._outputs.pop(name, None)) is not None:
             output.finish()
-        self._drained.pop(name, None)
+        if (discarded := self._discarded.pop(name, None)) is not None:
+            discarded.close()
         remove_pipes(folder)
         remove_record(folder)
 
@@ -253,20 +256,12 @@ class ProcessRuntime:
 
     # -- ending -------------------------------------------------------------------------------------------
 
-    def _watch(
-        self, folder: Path, record: ProcessRecord, leader: Leader, output: PipedOutput | None
-    ) -> bool:
+    def _watch(self, folder: Path, record: ProcessRecord, leader: Leader) -> bool:
         """Hear this worker's exit; False if it has ended already and nothing will be heard."""
         pidfd = open_pidfd(leader)
         if pidfd is None:
             return False
-        nothing: weakref.ref[PipedOutput] = weakref.ref(PipedOutput({}))
-        watch = _Watch(
-            pidfd=pidfd,
-            folder=folder,
-            ended=asyncio.Event(),
-            output=weakref.ref(output) if output is not None else nothing,
-        )
+        watch = _Watch(pidfd=pidfd, folder=folder, ended=asyncio.Event())
         self._watched[record.name] = watch
         asyncio.get_running_loop().add_reader(pidfd, self._ended, record, watch)
         return True

@@ -108,13 +108,37 @@ def make_pipes(folder: Path) -> tuple[PipedOutput, tuple[int, int]]:
     return PipedOutput(readers), writers
 
 
-def reopen_pipes(folder: Path) -> PipedOutput | None:
-    """The output of a worker that was started by an earlier life of the service."""
-    readers: dict[Literal["stdout", "stderr"], int] = {}
-    for stream in _STREAMS:
-        with contextlib.suppress(OSError):
-            readers[stream] = os.open(folder / stream, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    return PipedOutput(readers) if readers else None
+class DiscardedOutput:
+    """Empties the pipes of a worker that an earlier life of the service started, so that it never waits.
+
+    Nobody asks for that output any more: it belonged to whoever saw the worker start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._open: set[int] = set()
+        loop = asyncio.get_running_loop()
+        for stream in _STREAMS:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder / stream, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                self._open.add(descriptor)
+                loop.add_reader(descriptor, self._discard, descriptor)
+
+    def close(self) -> None:
+        for descriptor in list(self._open):
+            self._drop(descriptor)
+
+    def _discard(self, descriptor: int) -> None:
+        try:
+            ended = not os.read(descriptor, _READ)
+        except BlockingIOError:
+            return
+        if ended:
+            self._drop(descriptor)
+
+    def _drop(self, descriptor: int) -> None:
+        self._open.discard(descriptor)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
 
 
 def remove_pipes(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the process driver knows of a worker, written beside its run folder: the container's labels, so to say."""
+"""What the process driver knows of a worker, in a file of its run folder: what labels are to a container."""
 
 from __future__ import annotations
 

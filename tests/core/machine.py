@@ -36,6 +36,7 @@ RULES = [
     Rules(idle_timeout=300, max_lifetime=400, session_queue_max=1, gpu_wait_max=0),
     Rules(session_queue_max=3, gpu_wait_max=120, cancel_grace=30, task_retention=5, tombstone_retention=7),
     Rules(session_queue_max=0, lifetime_grace=0, max_lifetime=100, cancel_grace=15, task_retention=0),
+    Rules(idle_timeout=25, max_lifetime=30, lifetime_grace=20, cancel_grace=8, disconnect_grace=60),
 ]
 WORKLOADS = [
     Workload(model_id="m", task_preset="chat", start_timeout=40),
@@ -84,7 +85,10 @@ class SessionBook:
     workload: Workload
     task_type: TaskType
     tier: Tier
+    asked_for: bool
     joined: int
+    joined_at: float
+    gave_up: bool = False
     fence: int = 0
     leased_at: float | None = None
     created: bool = False
@@ -122,6 +126,7 @@ class World:
         self.started: dict[tuple[int, Tier], int] = {}
         self.submitted = 0
         self.wash_count = 0
+        self.shutting_down = False
         self.broken = False
         self.send(ev.NodeStarted(slots=tuple(specs)))
 
@@ -175,8 +180,15 @@ class World:
             case ev.SessionRequested():
                 tier = event.tier or Tier.LOW
                 self._book_session(event.session_id, event.tenant, event.workload, TaskType.SESSION, tier)
+                self.sessions[event.session_id].asked_for = True
             case ev.SessionKillRequested():
                 must(self.sessions[event.session_id].tenant == event.tenant, "killed by another:", event)
+                self.sessions[event.session_id].gave_up = True
+            case ev.ShutdownOrdered():
+                self.shutting_down = True
+            case ev.Tick():
+                for book in self.sessions.values():
+                    book.gave_up |= self.now >= book.joined_at + self.node.rules.gpu_wait_max
             case ev.KeepaliveRequested():
                 must(self.sessions[event.session_id].tenant == event.tenant, "kept by another:", event)
                 self.sessions[event.session_id].quiet_since = self.now
@@ -217,8 +229,24 @@ class World:
         self, session_id: str, tenant: str, workload: Workload, task_type: TaskType, tier: Tier
     ) -> None:
         self.sessions[session_id] = SessionBook(
-            tenant=tenant, workload=workload, task_type=task_type, tier=tier, joined=len(self.sessions)
+            tenant=tenant,
+            workload=workload,
+            task_type=task_type,
+            tier=tier,
+            asked_for=False,
+            joined=len(self.sessions),
+            joined_at=self.now,
         )
+
+    def line(self) -> list[tuple[str, SessionBook]]:
+        """Who still waits for slots, in the order of joining."""
+        if self.shutting_down:
+            return []
+        return [
+            (session_id, book)
+            for session_id, book in self.sessions.items()
+            if book.leased_at is None and not book.gave_up and (book.order or book.asked_for)
+        ]
 
     # -- books: what an effect means
 
@@ -243,7 +271,7 @@ class World:
     def _book_lease(self, effect: fx.StartWorker) -> None:
         session = self.sessions[effect.session_id]
         must(session.leased_at is None and not session.washed, "a session was started twice:", effect)
-        must(not self.node.shutting_down, "a session was started in the shutdown:", effect)
+        must(not self.shutting_down, "a session was started in the shutdown:", effect)
         must(effect.fence > self.fence, "the fence did not grow:", effect, self.fence)
         must(len(set(effect.slot_ids)) == session.workload.gpus, "not the slots asked for:", effect)
         for slot_id in effect.slot_ids:
@@ -323,6 +351,7 @@ class World:
             must(self.tasks[event.task_id].heard > 0, "an admitted task heard nothing:", event)
         for lease in leases:
             self._check_nobody_was_overtaken(lease)
+        self._check_nothing_lags()
         if isinstance(event, ev.Tick):
             for session_id, session in self.sessions.items():
                 if session.leased_at is not None and not session.washed and not session.in_worker:
@@ -332,10 +361,20 @@ class World:
     def _check_nobody_was_overtaken(self, lease: fx.StartWorker) -> None:
         """Whoever joined earlier and still waits could not have used any of these slots."""
         joined = self.sessions[lease.session_id].joined
-        for waiting in self.node.line:
-            if self.sessions[waiting.id].joined < joined:
-                useful = [s for s in lease.slot_ids if waiting.tier in self.slots[s].spec.tiers]
-                must(not useful, "slots were taken from one who waits for them:", lease, waiting.id)
+        for session_id, book in self.line():
+            if book.joined < joined:
+                useful = [s for s in lease.slot_ids if book.tier in self.slots[s].spec.tiers]
+                must(not useful, "slots were taken from one who waits for them:", lease, session_id)
+
+    def _check_nothing_lags(self) -> None:
+        """The first of the line has no choice of slots, and tasks wait only for a worker that is full."""
+        for session_id, book in self.line()[:1]:
+            free = [s for s in self.slots.values() if s.state is SlotState.FREE and book.tier in s.spec.tiers]
+            must(len(free) < book.workload.gpus, "the first of the line could start:", session_id, free)
+        for session_id, book in self.sessions.items():
+            if book.is_ready and not book.washed and len(book.in_worker) < book.workload.max_concurrent_tasks:
+                waiting = [task_id for task_id in book.order if not self.tasks[task_id].sent]
+                must(not waiting, "tasks wait while the worker has room:", session_id, waiting)
 
     # -- what the world does
 
@@ -343,6 +382,10 @@ class World:
         """A fact, kept so that it can be told again, too late."""
         self.past = [*self.past[-30:], (event, wash)]
         return self.send(event, wash)
+
+    def read(self, task_id: str) -> None:
+        self.tasks[task_id].readers += 1
+        self.send(ev.ReaderCame(task_id=task_id))
 
     def certificate(self, wash: Wash, slot_id: str) -> Certificate:
         uuid = self.slots[slot_id].spec.uuid
@@ -356,7 +399,7 @@ class World:
     def wash_passes(self, wash: Wash, slot_id: str) -> None:
         wash.left.remove(slot_id)
         self.fact(ev.WashPassed(certificate=self.certificate(wash, slot_id)), wash.number)
-        self._forget_finished_washes()
+        self.forget_finished_washes()
 
     def wash_fails(self, wash: Wash, slot_ids: list[str]) -> None:
         wash.left = [slot_id for slot_id in wash.left if slot_id not in slot_ids]
@@ -364,10 +407,17 @@ class World:
             session_id=wash.session_id, slot_ids=tuple(slot_ids), fence=wash.fence, reason="memory is in use"
         )
         self.fact(event, wash.number)
-        self._forget_finished_washes()
+        self.forget_finished_washes()
 
-    def _forget_finished_washes(self) -> None:
+    def forget_finished_washes(self) -> None:
         self.washes = [wash for wash in self.washes if wash.left or not wash.gone]
+
+    def takes_tasks(self) -> list[str]:
+        return [
+            session_id
+            for session_id, book in self.sessions.items()
+            if book.task_type is TaskType.SESSION and not book.washed and not book.gave_up
+        ]
 
     def starting(self) -> list[str]:
         return [
@@ -389,7 +439,7 @@ class World:
                 self.container_gone(wash)
                 for slot_id in list(wash.left):
                     self.wash_passes(wash, slot_id)
-            self._forget_finished_washes()
+            self.forget_finished_washes()
             for slot_id, slot in self.slots.items():
                 if slot.state is SlotState.QUARANTINED:
                     self.send(ev.SlotWashOrdered(slot_id=slot_id))
@@ -459,7 +509,7 @@ class NodeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.sessions)
     @rule(pick=PICK, times=st.integers(1, 3), odd=st.integers(0, 15), work=st.sampled_from(WORKLOADS))
     def submits_to_a_session(self, pick: int, times: int, odd: int, work: Workload) -> None:
-        session_id = self.pick(list(self.world.sessions), pick)
+        session_id = self.pick(self.world.takes_tasks() or list(self.world.sessions), pick)
         book = self.world.sessions[session_id]
         tenant = "eve" if odd == 0 else book.tenant
         kind = TaskType.ONEOFF if odd == 1 else book.task_type
@@ -470,18 +520,21 @@ class NodeMachine(RuleBasedStateMachine):
     def submit(
         self, tenant: str, work: Workload, tier: Tier | None, kind: TaskType, session_id: str | None
     ) -> None:
-        self.world.send(
+        task_id = self.name("t")
+        admitted = self.world.send(
             ev.TaskSubmitted(
-                task_id=self.name("t"),
+                task_id=task_id,
                 tenant=tenant,
                 task_type=kind,
                 tier=tier,
                 workload=work,
                 session_id=session_id,
                 new_session_id=self.name("s"),
-                timeout=25.0,
+                timeout=25.0 if self.names % 3 else 500.0,
             )
         )
+        if admitted and self.names % 4:  # most tasks have a reader
+            self.world.read(task_id)
 
     @rule(
         tenant=st.sampled_from(TENANTS),
@@ -515,8 +568,7 @@ class NodeMachine(RuleBasedStateMachine):
         task_id = self.pick(list(self.world.tasks), pick)
         task = self.world.tasks[task_id]
         if comes or task.readers == 0:
-            task.readers += 1
-            self.world.send(ev.ReaderCame(task_id=task_id))
+            self.world.read(task_id)
         else:
             task.readers -= 1
             self.world.send(ev.ReaderLeft(task_id=task_id))
@@ -535,6 +587,12 @@ class NodeMachine(RuleBasedStateMachine):
             self.world.sessions[session_id].created = True
             self.world.fact(ev.WorkerCreated(session_id=session_id, container_id=f"c-{session_id}"))
         if far > 1:
+            self.world.fact(ev.WorkerReady(session_id=session_id))
+
+    @precondition(lambda self: self.world.starting())
+    @rule()
+    def every_worker_comes_up(self) -> None:
+        for session_id in self.world.starting():
             self.world.fact(ev.WorkerReady(session_id=session_id))
 
     @precondition(lambda self: self.world.serving())
@@ -568,16 +626,25 @@ class NodeMachine(RuleBasedStateMachine):
         elif how != "gone":
             for slot_id in wash.left[:1] if how == "one passes" else list(wash.left):
                 self.world.wash_passes(wash, slot_id)
-        self.world._forget_finished_washes()
+        self.world.forget_finished_washes()
 
-    @rule(pick=PICK, fault=st.sampled_from([None, "ecc errors"]))
-    def a_slot_is_checked(self, pick: int, fault: str | None) -> None:
+    @precondition(lambda self: self.world.washes)
+    @rule()
+    def every_wash_passes(self) -> None:
+        for wash in list(self.world.washes):
+            self.world.container_gone(wash)
+            for slot_id in list(wash.left):
+                self.world.wash_passes(wash, slot_id)
+        self.world.forget_finished_washes()
+
+    @rule(pick=PICK, what=st.sampled_from(["well", "well", "faulty", "wash", "wash"]))
+    def a_slot_is_looked_at(self, pick: int, what: str) -> None:
         slot_id = self.pick(list(self.world.slots), pick)
-        self.world.send(ev.SlotChecked(slot_id=slot_id, fault=fault))
-
-    @rule(pick=PICK)
-    def an_operator_washes(self, pick: int) -> None:
-        self.world.send(ev.SlotWashOrdered(slot_id=self.pick(list(self.world.slots), pick)))
+        if what == "wash":
+            self.world.send(ev.SlotWashOrdered(slot_id=slot_id))
+        else:
+            fault = "ecc errors" if what == "faulty" else None
+            self.world.send(ev.SlotChecked(slot_id=slot_id, fault=fault))
 
     @precondition(lambda self: self.world.washes)
     @rule(pick=PICK, lie=st.sampled_from(["fence", "uuid", "slot"]))
@@ -604,17 +671,15 @@ class NodeMachine(RuleBasedStateMachine):
         event, wash = self.pick(self.world.past, pick)
         self.world.send(event, wash)
 
-    @rule(seconds=st.sampled_from([0.5, 5.0, 11.0, 31.0, 100.0]), heard=PICK)
-    def time_passes(self, seconds: float, heard: int) -> None:
-        self.world.now += seconds
-        if heard:
-            self.world.send(ev.Tick())
-
-    @rule()
-    def the_next_deadline_passes(self) -> None:
+    @rule(seconds=st.sampled_from([None, None, 0.0, 0.5, 3.0, 5.0, 11.0, 16.0, 31.0, 100.0]), heard=PICK)
+    def time_passes(self, seconds: float | None, heard: int) -> None:
+        """Some time, or until the next deadline; the node hears of it at once, or with what comes next."""
         due = self.world.node.next_deadline()
-        if due is not None:
+        if seconds is not None:
+            self.world.now += seconds
+        elif due is not None:
             self.world.now = max(self.world.now, due)
+        if heard:
             self.world.send(ev.Tick())
 
     @rule(really=st.integers(0, 40))

@@ -9,7 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.core.machine import NodeMachine
 
 HISTORIES = settings(
-    stateful_step_count=40,
+    stateful_step_count=50,
     deadline=None,
     database=None,
     print_blob=True,

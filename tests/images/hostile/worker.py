@@ -1,18 +1,23 @@
 """A worker that means harm. HOSTILE_MODE says how.
 
-Standard library only and no SDK, so that nothing it does wrong is prevented by accident. In every mode that serves,
-`/health` answers as the contract wants unless the mode says otherwise. What the modes do:
+Standard library only and no SDK, so that nothing it does wrong is prevented by accident. In every mode
+that serves, `/health` answers as the contract wants unless the mode says otherwise. What the modes do:
 
-- `probe`: honest; a task looks around from the inside and reports in one `text` event, as JSON (see `look_around`)
-- before or instead of serving: `exit` (prints to stderr, exits 3), `never_ready` (loading for ever), `no_socket`,
-  `symlink` (the socket is a link to HOSTILE_TARGET, /etc/passwd by default), `folder` (the socket is a folder),
-  `flood` (fills the run folder with HOSTILE_FLOOD bytes, 8 MiB by default), `many_files` (5000 files and folders,
-  nested), `wrong_session` (another session's id), `slow_header` (accepts and never answers), `endless_health`
-- on a task: `endless_frame`, `bad_ids` (1, 2, 4), `bad_event` (forges `task_finish`), `no_end` (closes without `end`),
-  `fork_bomb`, `memory_bomb`
+- `probe`: honest; a task looks around from the inside and reports in one `text` event, as JSON
+  (`look_around`)
+- before or instead of serving: `exit` (prints to stderr, exits 3), `never_ready` (loading for ever),
+  `no_socket`, `symlink` (the socket is a link to HOSTILE_TARGET, /etc/passwd by default), `folder` (the
+  socket is a folder), `flood` (puts HOSTILE_FLOOD bytes in the run folder, 8 MiB by default),
+  `many_files` (5000 files and folders, nested), `wrong_session` (another session's id), `slow_header`
+  (accepts and never answers), `endless_health`
+- on a task: `endless_frame`, `bad_ids` (1, 2, 4), `bad_event` (forges `task_finish`), `no_end` (closes
+  without `end`), `fork_bomb`, `memory_bomb`
 
-The two bombs, and the parts of `probe` that touch the whole file system or fork many times, work only where
-/.dockerenv says that this is a container: elsewhere the machine is somebody's.
+The two bombs, and the parts of `probe` that try privileged calls, walk the file system or fork many
+times, work only if HOSTILE_IMAGE=1, which the Dockerfile of this folder sets and nothing else may, and
+never as root. Elsewhere the machine is somebody's: as root outside a container, an attempt that should
+fail succeeds. (/.dockerenv is no proof: machines made from container images have it too.) What works
+nevertheless is undone at once.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,10 +41,10 @@ from pathlib import Path
 MODE = os.environ.get("HOSTILE_MODE", "probe")
 SOCKET = Path(os.environ.get("GPU_WORKER_SOCKET", "/run/gpu-worker/worker.sock"))
 SESSION = os.environ.get("GPU_SESSION_ID")
-IN_CONTAINER = Path("/.dockerenv").exists()
+MAY_HARM = os.environ.get("HOSTILE_IMAGE") == "1" and os.getuid() != 0
 KIB64 = b"a" * 65536
 
-# -- a tiny HTTP server ---------------------------------------------------------------------------------------
+# -- a tiny HTTP server -----------------------------------------------------------------------------------
 
 
 def serve() -> None:
@@ -98,8 +104,9 @@ def health(connection: socket.socket) -> None:
             "message": None,
         }
     ).encode()
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-    connection.sendall(head % len(body) + body)
+    length = b"content-length: %d\r\n\r\n" % len(body)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    connection.sendall(head + length + body)
 
 
 def frame(number: int, event: str, data: object) -> bytes:
@@ -130,7 +137,7 @@ def task() -> Iterator[bytes]:
         yield frame(2, "end", {"status": "completed"})
 
 
-# -- harm -----------------------------------------------------------------------------------------------------
+# -- harm -------------------------------------------------------------------------------------------------
 
 
 def fork_bomb() -> None:
@@ -166,7 +173,7 @@ def wait() -> None:
         signal.pause()
 
 
-# -- the look around ------------------------------------------------------------------------------------------
+# -- the look around --------------------------------------------------------------------------------------
 
 libc = ctypes.CDLL(None, use_errno=True)
 # Numbers for x86_64 and aarch64.
@@ -179,7 +186,7 @@ SYSCALLS = {
     "io_uring_setup": (425, 425, (1, 0)),
     "open_by_handle_at": (304, 265, (-1, 0, 0)),
     "init_module": (175, 105, (0, 0, 0)),
-    "kexec_load": (246, 104, (0, 0, 0, 0)),
+    "kexec_load": (246, 104, (0, 0, 0, -1)),
     "pivot_root": (155, 41, (0, 0)),
     "setns": (308, 268, (-1, 0)),
 }
@@ -219,7 +226,7 @@ def look_around() -> dict[str, object]:
         line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line
     )
     return {
-        "in_container": IN_CONTAINER,
+        "may_harm": MAY_HARM,
         "uid": os.getuid(),
         "gid": os.getgid(),
         "groups": os.getgroups(),
@@ -232,7 +239,7 @@ def look_around() -> dict[str, object]:
         "connect_out": outcome(connect_out),
         "resolve": resolve(),
         "sockets": {
-            name: outcome(lambda f=family, k=kind: socket.socket(f, k).close())  # type: ignore[misc]
+            name: outcome(lambda f=family, k=kind: socket.socket(f, k).close())
             for name, family, kind in (
                 ("AF_VSOCK", 40, socket.SOCK_STREAM),
                 ("AF_ALG", 38, socket.SOCK_SEQPACKET),
@@ -241,8 +248,8 @@ def look_around() -> dict[str, object]:
                 ("AF_INET_RAW", 2, socket.SOCK_RAW),
             )
         },
-        "syscalls": syscalls(),
-        "writable": writable_folders() if IN_CONTAINER else None,
+        "syscalls": syscalls() if MAY_HARM else None,
+        "writable": writable_folders() if MAY_HARM else None,
         "mounts": [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()],
         "siblings": listing(SOCKET.parent.parent),
         "own_folder": listing(SOCKET.parent),
@@ -250,24 +257,34 @@ def look_around() -> dict[str, object]:
             name for name in ("/var/run/docker.sock", "/run/docker.sock") if Path(name).exists()
         ],
         "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()),
-        "forks": count_forks() if IN_CONTAINER else None,
+        "forks": count_forks() if MAY_HARM else None,
         "environment": sorted(os.environ),
         "home": os.environ.get("HOME"),
         "devices": listing(Path("/dev")),
-        "block_devices": [name for name in listing(Path("/dev")) if outcome_is_block(Path("/dev") / name)],
-        "proc": {
+        "block_devices": [name for name in listing(Path("/dev")) if is_block_device(Path("/dev") / name)],
+        "readable": {
             name: readable(Path(name))
             for name in ("/proc/kcore", "/proc/keys", "/proc/1/environ", "/dev/mem")
         },
-        "sysctl_write": outcome(lambda: os.close(os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY))),
-        "sysrq_write": outcome(lambda: os.close(os.open("/proc/sysrq-trigger", os.O_WRONLY))),
+        "sysctl_write": opens_for_writing("/proc/sys/kernel/core_pattern") if MAY_HARM else None,
+        "sysrq_write": opens_for_writing("/proc/sysrq-trigger") if MAY_HARM else None,
         "cgroup": cgroup(),
-        "cgroup_write": outcome(lambda: (Path("/sys/fs/cgroup") / "hostile").mkdir()),
-        "setuid_files": setuid_files() if IN_CONTAINER else None,
+        "cgroup_write": outcome(try_cgroup) if MAY_HARM else None,
+        "setuid_files": setuid_files() if MAY_HARM else None,
         "sees_init": os.readlink("/proc/1/exe")
         if outcome(lambda: os.readlink("/proc/1/exe")) == "ok"
         else None,
     }
+
+
+def try_cgroup() -> None:
+    folder = Path("/sys/fs/cgroup/hostile")
+    folder.mkdir()
+    folder.rmdir()
+
+
+def opens_for_writing(name: str) -> str:
+    return outcome(lambda: os.close(os.open(name, os.O_WRONLY)))
 
 
 def connect_out() -> None:
@@ -292,18 +309,40 @@ def resolve() -> str:
 def syscalls() -> dict[str, str]:
     column = 1 if platform.machine() == "aarch64" else 0
     report = {
-        name: in_child(lambda n=entry[column], a=entry[2]: libc.syscall(n, *map(ctypes.c_long, a)))  # type: ignore[misc]
+        name: in_child(lambda n=entry[column], a=entry[2]: libc.syscall(n, *map(ctypes.c_long, a)))
         for name, entry in SYSCALLS.items()
     }
-    report["mount"] = in_child(lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
-    report["umount"] = in_child(lambda: libc.umount2(b"/proc", 2))
+    report["mount"] = in_child(try_mount)
+    report["umount"] = in_child(lambda: libc.umount2(b"/no/such/mount", 0))
     report["unshare_user"] = in_child(lambda: libc.unshare(0x10000000))
     report["unshare_net"] = in_child(lambda: libc.unshare(0x40000000))
-    report["ptrace_init"] = in_child(lambda: libc.ptrace(16, 1, None, None))
+    report["ptrace_init"] = in_child(lambda: libc.ptrace(0x4206, 1, None, None))
     report["setuid_root"] = in_child(lambda: libc.setuid(0))
     report["chroot"] = in_child(lambda: libc.chroot(b"/"))
-    report["mknod_block"] = in_child(lambda: libc.mknod(b"/tmp/hostile-disk", stat.S_IFBLK | 0o600, 0x800))
+    report["mknod_block"] = in_child(try_mknod)
     return report
+
+
+def try_mount() -> int:
+    """On a folder made for it, so that nothing is covered where it works."""
+    target = tempfile.mkdtemp().encode()
+    result: int = libc.mount(b"none", target, b"tmpfs", 0, None)
+    failed_with = ctypes.get_errno()
+    if result == 0:
+        libc.umount2(target, 2)
+    os.rmdir(target)
+    ctypes.set_errno(failed_with)
+    return result
+
+
+def try_mknod() -> int:
+    path = os.path.join(tempfile.gettempdir(), f"hostile-{os.getpid()}").encode()
+    result: int = libc.mknod(path, stat.S_IFBLK | 0o600, ctypes.c_ulong(0x800))
+    failed_with = ctypes.get_errno()
+    if result == 0:
+        os.unlink(path)
+    ctypes.set_errno(failed_with)
+    return result
 
 
 def writable_folders(most: int = 50_000) -> list[str]:
@@ -363,7 +402,7 @@ def listing(folder: Path) -> list[str]:
         return [f"({name_of(error.errno or 0)})"]
 
 
-def outcome_is_block(path: Path) -> bool:
+def is_block_device(path: Path) -> bool:
     with contextlib.suppress(OSError):
         return stat.S_ISBLK(path.lstat().st_mode)
     return False
@@ -396,12 +435,12 @@ def cgroup() -> dict[str, str]:
     return report
 
 
-# -- start ----------------------------------------------------------------------------------------------------
+# -- start ------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    if MODE.endswith("_bomb") and not IN_CONTAINER:
-        sys.exit(f"{MODE} runs in a container only")
+    if MODE.endswith("_bomb") and not MAY_HARM:
+        sys.exit(f"{MODE} runs in the hostile image only, and not as root")
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if MODE == "exit":
         print("this worker gives up at once", file=sys.stderr, flush=True)

@@ -47,6 +47,11 @@ class History:
         self._asleep = False  # some reader waits for a frame
         self._waiting: list[Future[None]] = []
 
+    @property
+    def oldest(self) -> int:
+        """The first id that is still kept."""
+        return self._base + self._dropped
+
     # -- the writing side: any thread ---------------------------------------------------------------------
 
     def add(self, frame: bytes) -> Future[None] | None:
@@ -107,9 +112,8 @@ class History:
     def reader(self, after: int) -> Reader:
         """A reader from id `after + 1` on; use it as a context. Raises `Dropped`."""
         with self._lock:
-            oldest = self._base + self._dropped
-            if after + 1 < oldest:
-                raise Dropped(oldest)
+            if after + 1 < self.oldest:
+                raise Dropped(self.oldest)
             self._mark_taken(min(after, self.last))
             reader = Reader(self, after)
             self._readers.add(reader)
@@ -244,6 +248,6 @@ class Reader:
             return
         start = self._sending + 1 - history._base
         if start < history._dropped:
-            raise Dropped(history._base + history._dropped)
+            raise Dropped(history.oldest)
         pieces += history._frames[start : upto + 1 - history._base]
         self._sending = upto

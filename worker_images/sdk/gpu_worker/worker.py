@@ -20,7 +20,7 @@ from gpu_worker.tasks import Tasks, describe, in_thread
 
 HISTORY_BYTES = 8 << 20
 _STOP_SECONDS = 1.0  # for tasks to end after SIGTERM
-_EXIT_SECONDS = 2.5  # then the process ends, whatever still runs
+_EXIT_SECONDS = 2.0  # then the process ends, whatever still runs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

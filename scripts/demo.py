@@ -1,0 +1,190 @@
+"""The main job, seen: start the service, run two tasks in one session and a one-off, print every event.
+
+Run it by ./scripts/demo.sh, which sets up what it needs. `--once` ends after the tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from rich.console import Console
+
+from gpu_server.client import Client
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 60
+STOP_SECONDS = 60
+COLOURS = {
+    "connection": "cyan",
+    "worker": "blue",
+    "text_delta": "white",
+    "task_finish": "green",
+    "error": "red",
+}
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--once", action="store_true", help="exit after the tasks")
+    options = parser.parse_args()
+    try:
+        return asyncio.run(demo(once=options.once))
+    except KeyboardInterrupt:
+        return 0
+
+
+async def demo(*, once: bool) -> int:
+    """The whole demonstration; its exit status."""
+    async with service() as (url, key):
+        async with Client(url, key) as client:
+            first = await show(
+                client,
+                "1. A task starts a session: its container starts, its model loads",
+                {
+                    "task_type": "session",
+                    "model_id": "echo",
+                    "task_preset": "stream",
+                    "metadata": {"prompt": "The model is loaded once ...", "delay_ms": 30},
+                },
+            )
+            second = await show(
+                client,
+                "2. A second task in that session: nothing is loaded again",
+                {
+                    "task_type": "session",
+                    "model_id": "echo",
+                    "task_preset": "stream",
+                    "session_id": first["session_id"],
+                    "metadata": {"prompt": "... and serves many tasks.", "delay_ms": 30},
+                },
+            )
+            oneoff = await show(
+                client,
+                "3. A one-off task: any program, in a container of its own",
+                {
+                    "task_type": "oneoff",
+                    "model_id": "echo",
+                    "task_preset": "once",
+                    "metadata": {"prompt": "Here and gone."},
+                },
+            )
+            console.print(
+                f"\nFirst word after: [bold]{first['first_word']:.2f} s[/] with a cold start,"
+                f" [bold green]{second['first_word']:.3f} s[/] in the warm session."
+            )
+            failed = [task for task in (first, second, oneoff) if task["status"] != "completed"]
+            if failed:
+                console.print(f"[red]{len(failed)} of 3 tasks did not complete[/]")
+                return 1
+        if once:
+            console.print(f"The service ran at {url} (interactive description at {url}/docs)")
+            return 0
+        console.print(f"\nThe service runs at [bold]{url}[/] (description: {url}/docs), key: {key}")
+        console.print("Ctrl-C ends it.")
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await stop.wait()
+        console.print("Ending every session ...")
+    console.print("Stopped; no container is left.")
+    return 0
+
+
+async def show(client: Client, title: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Submit a task and print each event with its time; what the summary needs."""
+    console.print(f"\n[bold]{title}[/]")
+    began, told = time.monotonic(), {"first_word": float("nan"), "session_id": "", "status": "failed"}
+    async for event in client.submit(body):
+        seconds = time.monotonic() - began
+        if event.event == "text_delta" and told["first_word"] != told["first_word"]:
+            told["first_word"] = seconds
+        told["session_id"] = event.data.get("session_id") or told["session_id"]
+        if event.event == "task_finish":
+            told["status"] = event.data["status"]
+        details = "  ".join(f"{name}={value!r}" for name, value in event.data.items() if value is not None)
+        number = f"#{event.id}" if event.id else ""
+        console.print(
+            f"  {seconds:8.3f} s  {number:>4}  [{COLOURS.get(event.event, 'dim')}]{event.event:<12}[/] ",
+            end="",
+        )
+        console.print(details, markup=False)
+    return told
+
+
+@asynccontextmanager
+async def service() -> AsyncIterator[tuple[str, str]]:
+    """A service of its own: free port, temporary folders, random key. Ends it, containers and all."""
+    shm = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="gpu-server-demo-", dir=shm if os.access(shm, os.W_OK) else None))
+    folder.chmod(0o711)  # workers with uids of their own pass through to their run folders
+    port, key = free_port(), secrets.token_urlsafe(24)
+    environment = {
+        **os.environ,
+        "HTTP_PORT": str(port),
+        "INTERNAL_API_KEY": key,
+        "STATE_DIR": str(folder / "state"),
+        "RUN_DIR": str(folder / "run"),
+        "MODEL_PRESETS_FILE": str(ROOT / "config" / "model_presets.yaml"),
+        "LOG_LEVEL": "warning",
+    }
+    log = folder / "service.log"
+    with log.open("wb") as log_file:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "gpu_server.cli", "serve",
+            env=environment, cwd=folder, stdout=log_file, stderr=log_file, start_new_session=True,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        health = await until_ready(url, process, log)
+        slots = ", ".join(f"{slot['id']} ({slot['name']})" for slot in health["gpus"])
+        console.print(f"[bold]gpu-server[/] at {url}, runtime [bold]{health['runtime']}[/], slots: {slots}")
+        for warning in health["warnings"]:
+            console.print(f"[yellow]warning:[/] {warning}")
+        yield url, key
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def until_ready(url: str, process: asyncio.subprocess.Process, log: Path) -> dict[str, Any]:
+    """Poll /health; the answer once it is ready. Prints the log if the service ends instead."""
+    give_up = time.monotonic() + START_SECONDS
+    async with aiohttp.ClientSession() as http:
+        while process.returncode is None and time.monotonic() < give_up:
+            with suppress(aiohttp.ClientError):
+                async with http.get(f"{url}/health") as answer:
+                    if answer.status == 200:
+                        return await answer.json()
+            await asyncio.sleep(0.05)
+    console.print("[red]The service did not start. Its log:[/]")
+    console.print(log.read_text(errors="replace"), markup=False)
+    raise SystemExit(1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
