@@ -8,48 +8,65 @@ import re
 from typing import Annotated
 
 from fastapi import Depends, Request
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.openapi.models import APIKey, APIKeyIn
+from fastapi.security.base import SecurityBase
 
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.service import Service
 
 DEFAULT_TENANT = "default"
 _TENANT = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
-_api_key = APIKeyHeader(name="X-API-Key", auto_error=False)
-_bearer = HTTPBearer(auto_error=False)
 
 
-def service_of(request: Request) -> Service:
+# Dependencies are coroutines, though they wait for nothing: plain functions would each cross a thread pool.
+async def service_of(request: Request) -> Service:
+    """The service that this application serves from."""
     service: Service = request.app.state.service
     return service
 
 
-def optional_tenant(
-    request: Request,
-    service: Annotated[Service, Depends(service_of)],
-    api_key: Annotated[str | None, Depends(_api_key)] = None,
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None,
-) -> str | None:
-    """The tenant, or None when no key was sent. A wrong key is refused, also where none is needed."""
-    key = api_key if api_key is not None else bearer.credentials if bearer is not None else None
-    if key is None:
-        return None
-    if not _same(key, service.internal_key):
-        raise Refusal(RefusalCode.UNAUTHORIZED, "the API key is not valid")
-    tenant = request.headers.get("x-tenant-id", DEFAULT_TENANT)
-    if _TENANT.fullmatch(tenant) is None:
-        raise Refusal(
-            RefusalCode.INVALID_REQUEST,
-            "X-Tenant-ID must be 1 to 128 characters of letters, digits and ._:/-",
+class TenantOfKey(SecurityBase):
+    """Finds the tenant of a request by its key: `X-API-Key`, or `Authorization: Bearer`.
+
+    The internal key may name its tenant with `X-Tenant-ID`. A wrong key is refused also where none is needed.
+    """
+
+    def __init__(self) -> None:
+        self.scheme_name = "X-API-Key"
+        self.model = APIKey(
+            **{"in": APIKeyIn.header},
+            name="X-API-Key",
+            description="Or `Authorization: Bearer <key>`. The internal key may name a tenant: `X-Tenant-ID`.",
         )
-    return tenant
+
+    async def __call__(self, request: Request) -> str | None:
+        """The tenant, or None when no key was sent. Raises `Refusal`."""
+        service: Service = request.app.state.service
+        key = request.headers.get("x-api-key")
+        if key is None:
+            scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer":
+                return None
+            key = credentials.strip()
+        if not _same(key, service.internal_key):
+            raise Refusal(RefusalCode.UNAUTHORIZED, "the API key is not valid")
+        tenant = request.headers.get("x-tenant-id", DEFAULT_TENANT)
+        if _TENANT.fullmatch(tenant) is None:
+            message = "X-Tenant-ID must be 1 to 128 characters of letters, digits and ._:/-"
+            raise Refusal(RefusalCode.INVALID_REQUEST, message)
+        return tenant
 
 
-def require_tenant(tenant: Annotated[str | None, Depends(optional_tenant)]) -> str:
-    """The tenant; refuses a request without a key."""
-    if tenant is None:
-        raise Refusal(RefusalCode.UNAUTHORIZED, "an API key is needed: X-API-Key, or Authorization: Bearer")
-    return tenant
+class RequiredTenantOfKey(TenantOfKey):
+    """The same, for routes that refuse a request without a key."""
+
+    async def __call__(self, request: Request) -> str:
+        """The tenant. Raises `Refusal`."""
+        tenant = await super().__call__(request)
+        if tenant is None:
+            message = "an API key is needed: X-API-Key, or Authorization: Bearer"
+            raise Refusal(RefusalCode.UNAUTHORIZED, message)
+        return tenant
 
 
 def _same(given: str, expected: str) -> bool:
@@ -58,6 +75,6 @@ def _same(given: str, expected: str) -> bool:
     return hmac.compare_digest(*digests)
 
 
-Tenant = Annotated[str, Depends(require_tenant)]
-MaybeTenant = Annotated[str | None, Depends(optional_tenant)]
+Tenant = Annotated[str, Depends(RequiredTenantOfKey())]
+MaybeTenant = Annotated[str | None, Depends(TenantOfKey())]
 TheService = Annotated[Service, Depends(service_of)]

@@ -1,0 +1,383 @@
+"""The random histories are only worth their time if they find faults: here are some, and each is found.
+
+Every planted node is wrong in one way. Where `by_the_books` is true the node's own state is not inspected: what
+it does must give it away. Otherwise the fault shows in the state before it shows to anyone outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from gpu_server.core import effects as fx
+from gpu_server.core import events as ev
+from gpu_server.core.errors import Refusal
+from gpu_server.core.node import Node
+from gpu_server.core.sessions import CloseReason, Rules, Session, Task, TaskState
+from gpu_server.core.slots import Certificate, Slots, SlotState, Tier
+from gpu_server.core.timers import Alarm
+from gpu_server.core.waitline import WaitLine
+from tests.core.invariants import Broken
+from tests.core.machine import NodeMachine
+from tests.core.test_machine import HISTORIES
+
+HUNT = settings(
+    HISTORIES,
+    max_examples=1000,
+    derandomize=True,
+    phases=[Phase.generate],  # the first history that shows the fault is enough
+    report_multiple_bugs=False,
+)
+
+
+# -- slots
+
+
+class LeasesTwice(Slots):
+    """A leased slot stays in the index of free ones."""
+
+    def lease(self, slot_ids: Any, session_id: str, fence: int) -> None:
+        for slot_id in slot_ids:
+            slot = self[slot_id]
+            slot.state, slot.holder, slot.fence = SlotState.LEASED, session_id, fence
+
+
+class TakesAnyFence(Slots):
+    """A certificate of an earlier wash frees the slot in the middle of this one."""
+
+    def free(self, certificate: Certificate) -> None:
+        slot = self._slots.get(certificate.slot_id)
+        if slot is not None and slot.state is SlotState.WASHING:
+            slot.fence = certificate.fence
+        super().free(certificate)
+
+
+class TakesAnyDevice(Slots):
+    """A certificate of another device frees the slot."""
+
+    def free(self, certificate: Certificate) -> None:
+        uuid = self[certificate.slot_id].spec.uuid
+        fence, slot_id = certificate.fence, certificate.slot_id
+        super().free(Certificate(kind="teardown", slot_id=slot_id, slot_uuid=uuid, fence=fence))
+
+
+class ForgetsFaults(Slots):
+    """Only free slots are quarantined: bad news of a leased one is lost."""
+
+    def report_fault(self, slot_id: str, reason: str | None) -> None:
+        if self[slot_id].state is SlotState.FREE:
+            super().report_fault(slot_id, reason)
+
+
+class IgnoresTiers(Slots):
+    """A lease takes any free slot when its own tier has too few."""
+
+    def choose(self, count: int, tier: Tier, reserved: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        chosen = super().choose(count, tier, reserved)
+        if len(chosen) == count:
+            return chosen
+        free = [slot.spec.id for slot in self if slot.state is SlotState.FREE and slot.spec.id not in reserved]
+        return tuple(free[:count])
+
+
+def with_slots(slots: type[Slots]) -> Callable[[Rules], Node]:
+    def make(rules: Rules) -> Node:
+        node = Node(rules)
+        node.slots = slots()
+        return node
+
+    return make
+
+
+class FreesWithoutCertificate(Node):
+    """Once the container is gone its slots are taken for clean."""
+
+    def _container_gone(self, event: ev.ContainerGone, now: float) -> None:
+        super()._container_gone(event, now)
+        session = self.sessions.get(event.session_id)
+        for slot_id in session.slot_ids if session else ():
+            slot = self.slots[slot_id]
+            if slot.state is SlotState.WASHING and slot.fence == session.fence and slot.fault is None:  # type: ignore[union-attr]
+                self.slots._move(slot_id, SlotState.FREE, "surely clean by now")
+                slot.holder = None
+        self._assign(now)
+
+
+class LeasesWithoutFence(Node):
+    """Every lease has the same fence."""
+
+    def _take_fence(self) -> int:
+        return 1
+
+
+# -- the line
+
+
+class LastComeFirstServed(WaitLine):
+    """The newest of the line starts first."""
+
+    def next_start(self, slots: Slots) -> tuple[Session, tuple[str, ...]] | None:
+        self._line = dict(reversed(self._line.items()))
+        try:
+            return super().next_start(slots)
+        finally:
+            self._line = dict(reversed(self._line.items()))
+
+
+class SmallOnesFirst(WaitLine):
+    """Whoever fits starts: a lease of many slots starves behind leases of one."""
+
+    def next_start(self, slots: Slots) -> tuple[Session, tuple[str, ...]] | None:
+        for session in self:
+            chosen = slots.choose(session.workload.gpus, session.tier)
+            if len(chosen) == session.workload.gpus:
+                return session, chosen
+        return None
+
+
+class OnlyTheFirst(WaitLine):
+    """Nobody starts before the first of the line has; then the next look is forgotten."""
+
+    def next_start(self, slots: Slots) -> tuple[Session, tuple[str, ...]] | None:
+        return super().next_start(slots) if len(self) == 1 else None
+
+
+def with_line(line: type[WaitLine]) -> Callable[[Rules], Node]:
+    def make(rules: Rules) -> Node:
+        node = Node(rules)
+        node.line = line()
+        return node
+
+    return make
+
+
+class ShutsDownFrontFirst(Node):
+    """In the shutdown, whoever is ended lets the next one of the line start."""
+
+    def _shutdown_ordered(self, event: ev.ShutdownOrdered, now: float) -> None:
+        self.shutting_down = True
+        for session in list(self.live_sessions()):
+            self._end(session, CloseReason.SHUTDOWN, SHUTDOWN, now)
+
+
+SHUTDOWN = ev.Failure(code="shutdown", message="")
+
+
+# -- tasks
+
+
+class NewestTaskFirst(Node):
+    """A worker gets the newest of its tasks."""
+
+    def _start_tasks(self, session: Session, now: float, *, announced: str | None = None) -> None:
+        if announced is None:
+            session.queue.reverse()
+        super()._start_tasks(session, now, announced=announced)
+
+
+class LosesFinishOfQueued(Node):
+    """Tasks that fail in the queue end without a word."""
+
+    def _finish(self, task: Task, state: TaskState, now: float, *rest: Any) -> None:
+        unheard = task.state is TaskState.QUEUED and state is TaskState.FAILED
+        super()._finish(task, state, now, *rest)
+        if unheard:
+            self._out.pop()
+
+
+class LosesFinishInGrace(Node):
+    """A task that completes in the grace of its session's lifetime ends without a word."""
+
+    def _task_ended(self, event: ev.TaskEnded, now: float) -> None:
+        session = self.sessions.get(event.session_id)
+        in_grace = session is not None and session.close_reason is CloseReason.MAX_LIFETIME
+        super()._task_ended(event, now)
+        if in_grace:
+            self._out = [e for e in self._out if not isinstance(e, fx.Publish) or e.event != "task_finish"]
+
+
+class FinishesTwice(Node):
+    """A cancelled task is finished again when its worker reports."""
+
+    def _task_ended(self, event: ev.TaskEnded, now: float) -> None:
+        task, session = self.tasks.get(event.task_id), self.sessions.get(event.session_id)
+        again = task is not None and task.ended and session is not None and task.id in session.busy
+        super()._task_ended(event, now)
+        if again:
+            self._out.append(fx.Publish(task_id=event.task_id, event="task_finish", data={}))
+
+
+class SilentStart(Node):
+    """A task that starts at once is not told that it is connected."""
+
+    def _task_submitted(self, event: ev.TaskSubmitted, now: float) -> None:
+        super()._task_submitted(event, now)
+        self._out = [e for e in self._out if not isinstance(e, fx.Publish) or e.event != "connection"]
+
+
+class TrustsCancel(Node):
+    """A cancelled task's place is given away before the worker has let go of it."""
+
+    def _stop_task(self, task: Task, *rest: Any) -> None:
+        super()._stop_task(task, *rest)
+        session = self.sessions[task.session_id]
+        if session.state.value == "working" and task.id in session.busy:
+            del session.busy[task.id]
+            self._timers.cancel(Alarm.CANCEL, task.id)
+            self._start_tasks(session, rest[-1])
+
+
+class OneTooMany(Node):
+    """A worker gets one task more than it takes."""
+
+    def _start_tasks(self, session: Session, now: float, *, announced: str | None = None) -> None:
+        super()._start_tasks(session, now, announced=announced)
+        if session.queue:
+            held = session.busy.popitem()[0]
+            super()._start_tasks(session, now)
+            session.busy[held] = None
+
+
+class WaitsForATick(Node):
+    """When a task has ended the next one is not started."""
+
+    def _task_ended(self, event: ev.TaskEnded, now: float) -> None:
+        session = self.sessions.get(event.session_id)
+        queue = list(session.queue) if session else []
+        if session is not None and len(session.busy) > 1 and event.task_id in session.busy:
+            session.queue.clear()
+        super()._task_ended(event, now)
+        if session is not None and queue and not session.queue and not session.tearing_down:
+            session.queue.extend(task_id for task_id in queue if self.tasks[task_id].state is TaskState.QUEUED)
+
+
+# -- time
+
+
+class IdlesAtWork(Node):
+    """The idle clock, once it runs, is not stopped by work."""
+
+    def _set_idle(self, session: Session, deadline: float | None) -> None:
+        if deadline is not None or session.tearing_down:
+            super()._set_idle(session, deadline)
+
+
+class IdlesPastLifetime(Node):
+    """A keepalive carries a session past its lifetime."""
+
+    def _keepalive_requested(self, event: ev.KeepaliveRequested, now: float) -> None:
+        super()._keepalive_requested(event, now)
+        session = self.sessions[event.session_id]
+        if session.max_deadline is not None:
+            session.max_deadline += self.rules.idle_timeout
+            self._timers.set(Alarm.LIFETIME, session.id, session.max_deadline)
+            if session.idle_deadline is not None:
+                self._set_idle(session, now + self.rules.idle_timeout)
+
+
+class NeverWakes(Node):
+    """A session that is ready has no deadline at all."""
+
+    def _start_tasks(self, session: Session, now: float, *, announced: str | None = None) -> None:
+        super()._start_tasks(session, now, announced=announced)
+        for alarm in (Alarm.IDLE, Alarm.LIFETIME):
+            self._timers.cancel(alarm, session.id)
+
+
+class WaitsForCancelForEver(Node):
+    """Nobody asks whether a cancelled task has stopped."""
+
+    def _stop_task(self, task: Task, *rest: Any) -> None:
+        super()._stop_task(task, *rest)
+        self._timers.cancel(Alarm.CANCEL, task.id)
+
+
+# -- requests
+
+
+class RefusalLeavesTraces(Node):
+    """A refused task has already taken something."""
+
+    def _task_submitted(self, event: ev.TaskSubmitted, now: float) -> None:
+        try:
+            super()._task_submitted(event, now)
+        except Refusal:
+            self._take_fence()
+            raise
+
+
+class KillsForAnyone(Node):
+    """Any tenant may kill any session."""
+
+    def _session_kill_requested(self, event: ev.SessionKillRequested, now: float) -> None:
+        owner = self.sessions[event.session_id].tenant if event.session_id in self.sessions else event.tenant
+        super()._session_kill_requested(
+            ev.SessionKillRequested(session_id=event.session_id, tenant=owner), now
+        )
+
+
+BY_THE_BOOKS: list[tuple[Callable[[Rules], Node], str]] = [
+    (with_slots(LeasesTwice), "a slot was leased that is not free"),
+    (with_slots(TakesAnyFence), "a slot was freed by a certificate of no wash that runs"),
+    (with_slots(TakesAnyDevice), "a slot was freed by a certificate of no wash that runs"),
+    (with_slots(ForgetsFaults), "the books say quarantined"),
+    (with_slots(IgnoresTiers), "a slot of the wrong tier"),
+    (FreesWithoutCertificate, "is free, the books say washing|leased that is not free"),
+    (LeasesWithoutFence, "the fence did not grow"),
+    (with_line(LastComeFirstServed), "slots were taken from one who waits|the line was overtaken"),
+    (with_line(SmallOnesFirst), "slots were taken from one who waits"),
+    (with_line(OnlyTheFirst), "the first of the line could start"),
+    (ShutsDownFrontFirst, "a session was started in the shutdown"),
+    (NewestTaskFirst, "a task overtook another"),
+    (LosesFinishOfQueued, "tasks that nobody ended|tasks without an end are not the tasks at work"),
+    (LosesFinishInGrace, "tasks that nobody ended|tasks without an end are not the tasks at work"),
+    (FinishesTwice, "an event after task_finish"),
+    (SilentStart, "the first event is not connection|an admitted task heard nothing"),
+    (TrustsCancel, "the worker takes"),
+    (OneTooMany, "the worker takes"),
+    (WaitsForATick, "tasks wait while the worker has room"),
+    (IdlesAtWork, "a session idled out at work"),
+    (IdlesPastLifetime, "a session outlives its lifetime"),
+    (NeverWakes, "sessions live for ever"),
+    (RefusalLeavesTraces, "a refused request changed something"),
+    (KillsForAnyone, "killed by another"),
+]
+BY_INSPECTION: list[tuple[Callable[[Rules], Node], str]] = [
+    (with_slots(LeasesTwice), "the index of free slots is wrong"),
+    (IdlesAtWork, "deadlines|the idle clock runs"),
+    (NeverWakes, "needs deadlines"),
+    (WaitsForCancelForEver, "needs deadlines"),
+    (OneTooMany, "more runs than may run"),
+]
+
+
+def hunt(make_node: Callable[[Rules], Node], *, inspect: bool) -> None:
+    """Drive nodes of this make until one is caught."""
+    members = {"make_node": staticmethod(make_node), "inspect": inspect}
+    run_state_machine_as_test(type("Planted", (NodeMachine,), members), settings=HUNT)
+
+
+def name(case: object) -> str | None:
+    """What a case is called in the report."""
+    if not callable(case):
+        return ""
+    cells = getattr(case, "__closure__", None)
+    return str((cells[0].cell_contents if cells else case).__name__)
+
+
+@pytest.mark.parametrize(("make_node", "complaint"), BY_THE_BOOKS, ids=name)
+def test_a_planted_fault_is_seen_from_outside(make_node: Callable[[Rules], Node], complaint: str) -> None:
+    """What the node does gives the fault away, without a look at its state."""
+    with pytest.raises(Broken, match=complaint):
+        hunt(make_node, inspect=False)
+
+
+@pytest.mark.parametrize(("make_node", "complaint"), BY_INSPECTION, ids=name)
+def test_a_planted_fault_is_seen_in_the_state(make_node: Callable[[Rules], Node], complaint: str) -> None:
+    """The state contradicts itself as soon as the fault has been at work."""
+    with pytest.raises(Broken, match=complaint):
+        hunt(make_node, inspect=True)
