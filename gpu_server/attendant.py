@@ -184,7 +184,7 @@ class Attendant:
                 self._spec = plan.spec(folder)
                 self._worker = await self._runtime.create(self._spec)
                 made.set_result((self._worker, self._spec))
-            except (StartRefused, RuntimeUnreachable, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # the start, which waits for this, tells what it was
                 made.set_exception(error)
                 made.exception()  # so that nobody complains when the start was cancelled meanwhile
 
@@ -257,6 +257,8 @@ class Attendant:
                 self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(fault))
                 return
             except LinkBroken as broken:
+                if reader.end is not None:
+                    break  # it has said all there is to say
                 if await self._exit_is_near():
                     return  # `_report_exit` tells what happened, to all tasks at once
                 tries = 1 if reader.seq > seen else tries + 1

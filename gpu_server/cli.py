@@ -27,7 +27,8 @@ presets_app = typer.Typer(no_args_is_help=True, help="The presets file.")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(presets_app, name="presets")
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 Url = Annotated[str, typer.Option("--url", envvar="GPU_SERVER_URL", help="Address of the service.")]
 Key = Annotated[
@@ -57,13 +58,7 @@ def serve() -> None:
     from gpu_server.ports import InventoryError
     from gpu_server.service import StartRefusedByNode
 
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        for detail in error.errors():
-            name = ".".join(str(part) for part in detail["loc"]).upper() or "settings"
-            err.print(f"[red]{name}[/]: {detail['msg']}")
-        raise typer.Exit(2) from None
+    settings = _settings()
     log.configure(settings.log_level)
     loop_factory = uvicorn.Config(lambda: None).get_loop_factory()
     try:
@@ -223,7 +218,7 @@ def presets_check(
     file: Annotated[Path | None, typer.Argument(help="MODEL_PRESETS_FILE by default.")] = None,
 ) -> None:
     """Check a presets file; exit status 1 and a line for each mistake."""
-    settings = Settings()
+    settings = _settings()
     path = file or settings.model_presets_file
     try:
         loaded = presets.load(path, settings.allowed_docker_images)
@@ -237,6 +232,17 @@ def presets_check(
     if refused:
         raise typer.Exit(1)
     out.print(f"{path}: {sum(1 for _ in loaded)} presets, no mistakes")
+
+
+def _settings() -> Settings:
+    """The settings; each that is wrong is a line, without its value, and exit status 2."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        for detail in error.errors():
+            name = ".".join(str(part) for part in detail["loc"]).upper() or "settings"
+            err.print(f"[red]{name}[/]: {detail['msg']}")
+        raise typer.Exit(2) from None
 
 
 def _print_session(session: dict[str, Any]) -> None:

@@ -129,7 +129,8 @@ class Engine:
         if self.broken is not None:
             raise Refusal(RefusalCode.INTERNAL, "the service has met a bug and is stopping")
         try:
-            effects = self.node.handle(event, self.clock.now())
+            for effect in self.node.handle(event, self.clock.now()):
+                self._start(effect)
         except Refusal:
             raise
         except CertificateRejected as rejected:
@@ -138,8 +139,6 @@ class Engine:
         except Exception as error:
             self._break(f"{type(event).__name__}: {error!r}")
             raise
-        for effect in effects:
-            self._start(effect)
         self.on_decided()
 
     def report(self, event: ev.Event) -> None:
@@ -255,7 +254,11 @@ class Engine:
         exec_task = session.queue[0] if preset.worker_contract is Contract.EXEC else None
 
         def find_model() -> None:
-            if preset.model == "folder" and self._models.find(workload.model_id) is None:
+            try:
+                found = preset.model == "none" or self._models.find(workload.model_id) is not None
+            except ValueError:  # an id that cannot be a folder's name, such as name:tag
+                found = False
+            if not found:
                 raise StartRefused(
                     FailureCode.MODEL_MISSING, f"model {workload.model_id} is not in the model store"
                 )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import orjson
 
-from gpu_server.frames import MAX_FRAME_BYTES, WORKER_EVENTS, encode
+from gpu_server.frames import MAX_FRAME_BYTES, WORKER_EVENTS, encode, is_encodable
 from gpu_server.ports import Output
 from gpu_server.stream import Stream
 
@@ -69,7 +69,7 @@ def _event_of(line: bytes) -> tuple[str, dict[str, Any]] | None:
         return None
     name = data.pop("event", None)
     check = WORKER_EVENTS.get(name) if isinstance(name, str) else None
-    return (name, data) if check is not None and check(data) else None
+    return (name, data) if check is not None and check(data) and is_encodable(data) else None
 
 
 def _logs(stream: str, line: bytes) -> list[bytes]:

@@ -76,6 +76,18 @@ _CHECKS: Mapping[bytes, Callable[[dict[str, Any]], bool]] = {
 }
 
 
+_PASSED_ON_AS_VALUES = frozenset({b"progress", b"end"})  # every other event goes out as the bytes it came in
+
+
+def is_encodable(data: Mapping[str, Any]) -> bool:
+    """Whether `encode` can write what was read: orjson reads nesting of 1,024 levels, and writes 254."""
+    try:
+        orjson.dumps(data)
+    except orjson.JSONEncodeError:
+        return False
+    return True
+
+
 class FrameReader:
     """Reads one task's stream from its worker, in whatever pieces it comes, and passes it on in bulk.
 
@@ -157,6 +169,8 @@ class FrameReader:
             raise ProtocolFault(f"the data of {name.decode()!r} is not JSON: {error}") from None
         if not check(data):
             raise ProtocolFault(f"the data of {name.decode()!r} lacks a field or has one of a wrong type")
+        if name in _PASSED_ON_AS_VALUES and not is_encodable(data):
+            raise ProtocolFault(f"the data of {name.decode()!r} is nested too deep")
         return data  # type: ignore[no-any-return]  # the pattern admits an object only
 
 

@@ -160,19 +160,22 @@ def load(path: Path, allowed_images: tuple[str, ...]) -> Presets:
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise PresetsError([f"{path}: cannot be read: {error}"]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise PresetsError([f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}"]) from error
+    except ValueError as error:  # the YAML reader's, for a date such as 2024-13-45
+        raise PresetsError([f"{path}:1: not YAML: {error}"]) from error
     if tree is None:
         raise PresetsError([f"{path}:1: the file is empty; it needs a `models:` section"])
     doubled = [f"{path}:{line}: {where}: this key stands twice" for where, line in _doubled_keys(tree)]
     if doubled:
         raise PresetsError(doubled)
     try:
-        file = PresetsFile.model_validate(yaml.safe_load(text))
+        file = PresetsFile.model_validate(content)
     except ValidationError as error:
         raise PresetsError([_problem(path, tree, detail) for detail in error.errors()]) from error
     return Presets(file, allowed_images)

@@ -126,31 +126,35 @@ class Stream:
         self._readers.add(wake)
         try:
             last, serial, live_from = after, self._dropped, self._end
-            notes = b"".join(self._notes.values())
+            notes, notes_id = b"".join(self._notes.values()), self.last_id
             while True:
                 pieces: list[bytes] = []
                 size = 0
                 serial = max(serial, self._dropped)
-                while serial < self._end and size < MAX_WRITE_BYTES:
+                while size < MAX_WRITE_BYTES:
+                    if notes and serial >= live_from:
+                        # Here they belong: behind what was there when the reader came, before what is live.
+                        if last >= notes_id and serial == live_from:
+                            pieces.append(notes)
+                        notes = b""
+                    if serial == self._end:
+                        break
                     segment = self._segments[self._head + serial - self._dropped]
                     serial += 1
+                    if segment.first > segment.last and serial <= live_from:
+                        continue  # an unnumbered event of the past
+                    if segment.first > last + 1:
+                        pieces.append(_gap(last, segment.first - 1))
+                        last = segment.first - 1
                     if segment.first > segment.last:
-                        if serial <= live_from:
-                            continue
                         data = segment.data
                     elif segment.last <= last:
                         continue
                     else:
-                        if segment.first > last + 1:
-                            pieces.append(_gap(last, segment.first - 1))
                         data = segment.data if segment.first > last else _tail(segment, last)
                         last = segment.last
                     pieces.append(data)
                     size += len(data)
-                if serial >= live_from and notes and last >= self.last_id:
-                    pieces.append(notes)
-                if serial >= live_from:
-                    notes = b""
                 if pieces:
                     yield b"".join(pieces)
                     continue

@@ -10,9 +10,7 @@ from gpu_server.ports import Contract, Limits, RunFolder, WorkerSpec
 from tests.docker_engine import TEST_IMAGE
 
 TEST_UID = 10_123 if os.geteuid() == 0 else os.geteuid()
-LIMITS = Limits(
-    memory=256 << 20, cpus=1.0, pids=64, tmp_size=16 << 20, tmp_exec=False, shm_size=8 << 20
-)
+LIMITS = Limits(memory=256 << 20, cpus=1.0, pids=64, tmp_size=16 << 20, tmp_exec=False, shm_size=8 << 20)
 
 
 def worker_spec(folder: RunFolder, code: str = "", **changes: Any) -> WorkerSpec:

@@ -8,7 +8,7 @@ import re
 from typing import Annotated
 
 from fastapi import Depends, Request
-from fastapi.openapi.models import APIKey, APIKeyIn
+from fastapi.openapi.models import APIKey
 from fastapi.security.base import SecurityBase
 
 from gpu_server.core.errors import Refusal, RefusalCode
@@ -33,11 +33,8 @@ class TenantOfKey(SecurityBase):
 
     def __init__(self) -> None:
         self.scheme_name = "X-API-Key"
-        self.model = APIKey(
-            **{"in": APIKeyIn.header},
-            name="X-API-Key",
-            description="Or `Authorization: Bearer <key>`. The internal key may name a tenant: `X-Tenant-ID`.",
-        )
+        description = "Or `Authorization: Bearer <key>`. The internal key may name a tenant: `X-Tenant-ID`."
+        self.model = APIKey.model_validate({"in": "header", "name": "X-API-Key", "description": description})
 
     async def __call__(self, request: Request) -> str | None:
         """The tenant, or None when no key was sent. Raises `Refusal`."""

@@ -13,7 +13,10 @@ from gpu_server.core.errors import Refusal, RefusalCode
 
 
 class BoundedRequest(Request):
-    """A request whose body is refused as soon as it is too large, whether it announced its size or not."""
+    """A request whose body is refused as soon as it is too large, whether it announced its size or not.
+
+    FastAPI's own limit answers some of these in plain text, where clients are promised problem+json.
+    """
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
@@ -44,7 +47,10 @@ class BoundedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            return await handler(BoundedRequest(request.scope, request.receive))
+            bounded_request = BoundedRequest(request.scope, request.receive)
+            if request.method == "POST":
+                await bounded_request.body()  # here, because FastAPI would answer a refusal in its own words
+            return await handler(bounded_request)
 
         return bounded
 

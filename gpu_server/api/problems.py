@@ -24,7 +24,6 @@ STATUS: Mapping[RefusalCode, int] = {
     RefusalCode.PRESET_NOT_FOUND: 404,
     RefusalCode.PRESET_NOT_SUPPORTED: 422,
     RefusalCode.IMAGE_NOT_ALLOWED: 403,
-    RefusalCode.MODEL_MISSING: 404,
     RefusalCode.SESSION_NOT_FOUND: 404,
     RefusalCode.SESSION_CLOSED: 409,
     RefusalCode.SESSION_MISMATCH: 409,

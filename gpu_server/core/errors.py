@@ -23,7 +23,6 @@ class RefusalCode(StrEnum):
     PRESET_NOT_FOUND = "preset_not_found"
     PRESET_NOT_SUPPORTED = "preset_not_supported"
     IMAGE_NOT_ALLOWED = "image_not_allowed"
-    MODEL_MISSING = "model_missing"
     SESSION_NOT_FOUND = "session_not_found"
     SESSION_CLOSED = "session_closed"
     SESSION_MISMATCH = "session_mismatch"

@@ -10,19 +10,66 @@ import requests
 import urllib3
 from docker import APIClient
 from docker.errors import DockerException
+from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
+from docker.utils import parse_host
 
 # Everything the SDK raises when the engine does not answer. APIError (it did answer) is one of them, so it is
 # to be caught first where the answer matters.
 ENGINE_ERRORS: Final = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
+_UNIX: Final = "http+unix://"
 _MESSAGE_LENGTH: Final = 400
 
 
 def connect(docker_host: str | None, timeout: float) -> APIClient:
     """A client of its own connections, its version agreed with the engine. Raises `ENGINE_ERRORS`."""
-    client = APIClient(base_url=docker_host, timeout=timeout)  # type: ignore[arg-type]
+    url = str(parse_host(docker_host))
+    limit: Any = timeout  # the stubs want whole seconds, the library takes any
+    is_unix = url.startswith(_UNIX)
+    if is_unix:
+        _UnixConnection(url, url.removeprefix(_UNIX), limit).probe()
+    client = APIClient(base_url=docker_host, timeout=limit)  # type: ignore[arg-type]
     client.trust_env = False  # no proxy of the environment stands before the engine
+    if is_unix:
+        client.mount("http+docker://", _UnixAdapter(url, limit))
     return client
+
+
+class _UnixConnection(UnixHTTPConnection):
+    """The SDK's connection, but for a leak: its socket stays open when connecting fails, as it does at every
+    try while an engine is away (docker 7.2, `UnixHTTPConnection.connect`)."""
+
+    def connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self.timeout)
+            sock.connect(self.unix_socket)
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = sock
+
+    def probe(self) -> None:
+        """Raises OSError when nobody listens."""
+        self.connect()
+        self.close()
+
+
+class _UnixPool(UnixHTTPConnectionPool):
+    def _new_conn(self) -> Any:
+        limit: Any = self.timeout
+        return _UnixConnection(self.base_url, self.socket_path, limit)
+
+
+class _UnixAdapter(UnixHTTPAdapter):
+    def get_connection(self, url: str | bytes, proxies: Any = None) -> Any:
+        with self.pools.lock:
+            pool = self.pools.get(url)
+            if pool is None:
+                pool = self.pools[url] = _UnixPool(
+                    str(url), self.socket_path, self.timeout, self.max_pool_size
+                )
+            return pool
 
 
 def inspect_image(client: APIClient, image: str) -> dict[str, Any]:

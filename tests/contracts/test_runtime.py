@@ -308,7 +308,7 @@ async def test_an_exit_from_before_is_heard_by_the_next_life(stage: Stage) -> No
     await started(first, spec)
     await listener.next()
     await first.close()
-    second, listener = await stage.open()
+    _second, listener = await stage.open()
     heard = await listener.next()
     assert (heard.name, heard.exit_code) == (spec.name, 7)
 

@@ -213,7 +213,12 @@ class World:
                 for slot_id in event.slot_ids:
                     slot = self.slots[slot_id]
                     if slot.wash == wash and slot.state is SlotState.WASHING:
-                        slot.state, slot.faulty, slot.wash, slot.holder = SlotState.QUARANTINED, True, None, None
+                        slot.state, slot.faulty, slot.wash, slot.holder = (
+                            SlotState.QUARANTINED,
+                            True,
+                            None,
+                            None,
+                        )
             case ev.SlotChecked():
                 slot = self.slots[event.slot_id]
                 if slot.state is not SlotState.QUARANTINED:
@@ -412,6 +417,9 @@ class World:
     def forget_finished_washes(self) -> None:
         self.washes = [wash for wash in self.washes if wash.left or not wash.gone]
 
+    def unfinished(self) -> list[str]:
+        return [task_id for task_id, book in self.tasks.items() if not book.finished]
+
     def takes_tasks(self) -> list[str]:
         return [
             session_id
@@ -458,7 +466,9 @@ class World:
         for task_id, task in self.tasks.items():
             must(task.finished, "a task never heard its task_finish:", task_id, task)
             must(task.forgotten, "a task is kept for ever:", task_id)
-        must(not self.node.sessions and not self.node.tasks, "something is kept for ever:", self.node.sessions)
+        must(
+            not self.node.sessions and not self.node.tasks, "something is kept for ever:", self.node.sessions
+        )
         for slot in self.node.slots:
             must(slot.state is SlotState.FREE, "a slot did not come back:", slot)
 
@@ -548,7 +558,7 @@ class NodeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.sessions)
     @rule(pick=PICK, what=st.integers(0, 4), odd=PICK)
     def kills_or_keeps_a_session(self, pick: int, what: int, odd: int) -> None:
-        session_id = self.pick(list(self.world.sessions), pick)
+        session_id = self.pick((odd < 6 and self.world.serving()) or list(self.world.sessions), pick)
         tenant = "eve" if odd == 0 else self.world.sessions[session_id].tenant
         if what == 0:
             self.world.send(ev.SessionKillRequested(session_id=session_id, tenant=tenant))
@@ -558,7 +568,7 @@ class NodeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.tasks)
     @rule(pick=PICK, odd=PICK)
     def cancels_a_task(self, pick: int, odd: int) -> None:
-        task_id = self.pick(list(self.world.tasks), pick)
+        task_id = self.pick((odd < 6 and self.world.unfinished()) or list(self.world.tasks), pick)
         tenant = "eve" if odd == 0 else self.world.tasks[task_id].tenant
         self.world.send(ev.TaskCancelRequested(task_id=task_id, tenant=tenant))
 
@@ -607,9 +617,13 @@ class NodeMachine(RuleBasedStateMachine):
     def a_task_ends(self, pick: int, state: TaskState) -> None:
         session_id, task_id = self.pick(self.world.at_work(), pick)
         failure = None if state is TaskState.COMPLETED else OOPS
-        self.world.fact(
-            ev.TaskEnded(session_id=session_id, task_id=task_id, state=state, failure=failure)
-        )
+        self.world.fact(ev.TaskEnded(session_id=session_id, task_id=task_id, state=state, failure=failure))
+
+    @precondition(lambda self: self.world.at_work())
+    @rule()
+    def every_task_ends(self) -> None:
+        for session_id, task_id in self.world.at_work():
+            self.world.fact(ev.TaskEnded(session_id=session_id, task_id=task_id, state=TaskState.COMPLETED))
 
     # -- slots
 
@@ -682,9 +696,20 @@ class NodeMachine(RuleBasedStateMachine):
         if heard:
             self.world.send(ev.Tick())
 
-    @rule(really=st.integers(0, 40))
+    @precondition(lambda self: self.world.at_work())
+    @rule(pick=PICK)
+    def a_lifetime_passes(self, pick: int) -> None:
+        """Time until just after a session that is at work reaches the end of its lifetime."""
+        session_id, _ = self.pick(self.world.at_work(), pick)
+        leased_at = self.world.sessions[session_id].leased_at
+        assert leased_at is not None
+        self.world.now = max(self.world.now, leased_at + self.world.node.rules.max_lifetime)
+        self.world.send(ev.Tick())
+
+    @precondition(lambda self: self.world.submitted > 2 and not self.world.shutting_down)
+    @rule(really=PICK)
     def the_node_shuts_down(self, really: int) -> None:
-        if really == 40:
+        if really == 7:
             self.world.send(ev.ShutdownOrdered())
 
     def teardown(self) -> None:

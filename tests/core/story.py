@@ -24,9 +24,7 @@ def work(**changes: Any) -> Workload:
 
 def device(slot_id: str, tiers: frozenset[Tier] = BOTH_TIERS) -> SlotSpec:
     """A GPU in the slot of this id."""
-    return SlotSpec(
-        id=slot_id, uuid=f"GPU-{slot_id}", name="L40S", memory_mb=46068, is_gpu=True, tiers=tiers
-    )
+    return SlotSpec(id=slot_id, uuid=f"GPU-{slot_id}", name="L40S", memory_mb=46068, is_gpu=True, tiers=tiers)
 
 
 class Story:
@@ -95,7 +93,12 @@ class Story:
         return effects
 
     def ask(
-        self, session_id: str = "s1", *, tenant: str = "ann", tier: Tier | None = None, workload: Workload = WORK
+        self,
+        session_id: str = "s1",
+        *,
+        tenant: str = "ann",
+        tier: Tier | None = None,
+        workload: Workload = WORK,
     ) -> list[fx.Effect]:
         """A tenant asks for a session ahead of its first task."""
         event = ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload)
@@ -130,9 +133,7 @@ class Story:
     ) -> list[fx.Effect]:
         """The worker says that it is done with a task."""
         session_id = self.task(task_id).session_id
-        return self.tell(
-            ev.TaskEnded(session_id=session_id, task_id=task_id, state=state, failure=failure)
-        )
+        return self.tell(ev.TaskEnded(session_id=session_id, task_id=task_id, state=state, failure=failure))
 
     def certificate(self, slot_id: str) -> Certificate:
         """The certificate that would free this slot now."""

@@ -133,9 +133,7 @@ async def test_nvml_that_fails_is_an_inventory_error() -> None:
         ({"lost": True}, "GPU is lost"),
     ],
 )
-async def test_readings_name_what_is_wrong_with_a_gpu(
-    change: dict[str, object], fault: str | None
-) -> None:
+async def test_readings_name_what_is_wrong_with_a_gpu(change: dict[str, object], fault: str | None) -> None:
     """Uncorrected errors, rows waiting for or failing a remap, and a lost GPU are faults of that GPU alone."""
     nvml = two()
     inventory = NvmlInventory(None, {}, nvml=nvml)

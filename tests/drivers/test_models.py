@@ -35,7 +35,22 @@ def test_names_lists_models_of_both_levels(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "model_id",
-    ["", ".", "..", "../other", "org/..", "/etc", "org/large/x", "a//b", "-x", "a\n", "a b", "org/", "\0", "é"],
+    [
+        "",
+        ".",
+        "..",
+        "../other",
+        "org/..",
+        "/etc",
+        "org/large/x",
+        "a//b",
+        "-x",
+        "a\n",
+        "a b",
+        "org/",
+        "\0",
+        "é",
+    ],
 )
 def test_ids_that_could_leave_the_store_are_no_ids(root: Path, model_id: str) -> None:
     """Whatever is not one or two plain names is refused before the file system is asked."""

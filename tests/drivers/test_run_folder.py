@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,30 +66,32 @@ def test_a_folder_has_a_share_to_write_and_a_task_to_read(folder: RunFolder) -> 
 
 
 @as_root
-def test_only_the_workers_uid_reads_the_input_and_it_cannot_change_it(folder: RunFolder) -> None:
+def test_only_the_workers_uid_reads_the_input_and_it_cannot_change_it() -> None:
     """Another uid sees neither share nor input; the worker's own cannot write, replace or open up its task."""
 
-    def as_uid(uid: int) -> list[bool]:
-        return [
-            subprocess.run(
-                ["/usr/bin/test", mode, path], user=uid, group=uid, extra_groups=[], check=False
-            ).returncode
-            == 0
-            for mode, path in attempts
+    with tempfile.TemporaryDirectory() as top:
+        Path(top).chmod(0o711)
+        folder = RunFolders(Path(top) / "run").create("s_1", TEST_UID, b"{}")
+        task_input = str(folder.task / "input.json")
+        attempts = [
+            ("-r", task_input),
+            ("-w", str(folder.share)),
+            ("-w", task_input),
+            ("-w", str(folder.task)),
+            ("-w", str(folder.path)),
         ]
 
-    for parent in folder.path.parents[:4]:  # pytest's own folders are closed to others
-        parent.chmod(0o711)
-    task_input = str(folder.task / "input.json")
-    attempts = [
-        ("-r", task_input),
-        ("-w", str(folder.share)),
-        ("-w", task_input),
-        ("-w", str(folder.task)),
-        ("-w", str(folder.path)),
-    ]
-    assert as_uid(TEST_UID) == [True, True, False, False, False]
-    assert as_uid(TEST_UID + 1) == [False] * 5
+        def as_uid(uid: int) -> list[bool]:
+            return [
+                subprocess.run(
+                    ["/usr/bin/test", mode, path], user=uid, group=uid, extra_groups=[], check=False
+                ).returncode
+                == 0
+                for mode, path in attempts
+            ]
+
+        assert as_uid(TEST_UID) == [True, True, False, False, False]
+        assert as_uid(TEST_UID + 1) == [False] * 5
 
 
 def test_creating_again_starts_from_nothing(folders: RunFolders, folder: RunFolder) -> None:
@@ -143,7 +146,9 @@ def test_anything_but_a_socket_is_a_fault(folders: RunFolders, folder: RunFolder
     assert descriptors() == before
 
 
-def test_a_share_that_became_a_link_is_a_fault(folders: RunFolders, folder: RunFolder, tmp_path: Path) -> None:
+def test_a_share_that_became_a_link_is_a_fault(
+    folders: RunFolders, folder: RunFolder, tmp_path: Path
+) -> None:
     """The share itself is not followed either."""
     folder.share.rmdir()
     folder.share.symlink_to(tmp_path)

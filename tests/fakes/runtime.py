@@ -154,13 +154,9 @@ class FakeRuntime:
         old = self.engine.containers.get(spec.name)
         if old is not None and (old.started or old.instance != self.instance):
             raise StartRefused("start_failed", f"the name {spec.name} is taken")
-        container = FakeContainer(
-            instance=self.instance, spec=spec, script=script, output=FakeOutput()
-        )
+        container = FakeContainer(instance=self.instance, spec=spec, script=script, output=FakeOutput())
         self.engine.containers[spec.name] = container
-        return CreatedWorker(
-            name=spec.name, container_id=f"fake-{spec.name}", output=container.output
-        )
+        return CreatedWorker(name=spec.name, container_id=f"fake-{spec.name}", output=container.output)
 
     async def start(self, name: str) -> None:
         await self._enter("start", name)
