@@ -66,7 +66,7 @@ class CarWash:
                 await self._clock.sleep_until(self._clock.now() + pause)
                 pause = min(2 * pause, LAST_RETRY_SECONDS)
         for spec in specs:
-            holder = (holders.get(spec.uuid) or holders.get("all")) if spec.is_gpu else None
+            holder = next((who for name, who in holders.items() if spec.is_meant_by(name)), None)
             if holder is not None:
                 yield self._failed(order, (spec.id,), f"in use by a container that is not ours: {holder}")
                 continue

@@ -180,8 +180,7 @@ class ContainerRuntime(Protocol):
         """All workers of this instance, started or not, running or not."""
 
     async def foreign_gpu_holders(self) -> Mapping[str, str]:
-        """GPU UUID -> description of a running container that is not ours and was given that GPU.
-        The key "all" stands for a container that was given every GPU."""
+        """Name of a GPU (`SlotSpec.is_meant_by`) -> a running container that is not ours and was given it."""
 
 
 # -- the rest ---------------------------------------------------------------------------------------------

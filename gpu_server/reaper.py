@@ -76,7 +76,7 @@ class Reaper:
         for slot in engine.node.slots:
             reading = readings.get(slot.spec.id)
             fault = reading.fault if reading is not None else "the device is not listed any more"
-            holder = (holders.get(slot.spec.uuid) or holders.get("all")) if slot.spec.is_gpu else None
+            holder = next((who for name, who in holders.items() if slot.spec.is_meant_by(name)), None)
             if fault is None and holder is not None:
                 fault = f"in use by a container that is not ours: {holder}"
             if fault != slot.fault and slot.state is not SlotState.QUARANTINED:

@@ -31,7 +31,7 @@ def _tiers(value: object) -> object:
 MAX_SECONDS = 1e9
 """About 30 years: a time that is later than that, or infinite, has no date."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
-SecondsOrNone = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+SecondsFromZero = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
@@ -80,9 +80,9 @@ class Settings(BaseSettings):
     session_queue_max_size: Annotated[int, Field(ge=0)] = 5
     default_task_timeout: Seconds = 300.0
     max_task_timeout: Seconds = 3600.0
-    gpu_wait_max_seconds: SecondsOrNone = 600.0
+    gpu_wait_max_seconds: SecondsFromZero = 600.0
     gpu_wait_max_tasks: Annotated[int, Field(ge=0)] = 100
-    stop_grace_seconds: SecondsOrNone = 10.0
+    stop_grace_seconds: SecondsFromZero = 10.0
     cancel_grace_seconds: Seconds = 10.0
     lifetime_grace_seconds: Seconds = 30.0
     disconnect_grace_seconds: Annotated[float, Field(ge=1, le=MAX_SECONDS)] = 30.0

@@ -8,7 +8,7 @@ one piece is stored, and written to a reader, in one piece.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ class Stream:
 
     # -- reading ------------------------------------------------------------------------------------------
 
-    async def read(self, after: int = 0) -> AsyncIterator[bytes]:
+    async def read(self, after: int = 0) -> AsyncGenerator[bytes, None]:
         """Everything after event `after`, then live, until `task_finish` has been given out.
 
         Each item is one or more whole frames. A reader that has fallen out of the history gets `gap`

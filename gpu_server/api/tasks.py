@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -125,7 +126,8 @@ async def _read(service: Service, task_id: str, stream: Stream, after: int) -> A
     """The stream, while the engine knows that somebody reads it."""
     service.engine.report(ev.ReaderCame(task_id=task_id))
     try:
-        async for frames in stream.read(after):
-            yield frames
+        async with aclosing(stream.read(after)) as reading:
+            async for frames in reading:
+                yield frames
     finally:
         service.engine.report(ev.ReaderLeft(task_id=task_id))

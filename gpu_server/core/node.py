@@ -223,7 +223,7 @@ class Node:
             self._timers.set(Alarm.GPU_WAIT, session.id, now + self.rules.gpu_wait_max)
             for task_id in session.queue:
                 self._tell(notices.connection(task_id, "queued", session))
-            self._tell_positions(self.line)
+            self._tell_positions([session], ahead=len(self.line) - 1)
 
     def _assign(self, now: float) -> None:
         """Start whoever may start now, in the order of the line."""
@@ -555,14 +555,17 @@ class Node:
     def _tell(self, *notices: fx.Publish) -> None:
         self._out.extend(notices)
 
-    def _tell_positions(self, sessions: WaitLine | list[Session]) -> None:
-        """Tell queued tasks their place where it has changed: in the line, or in their session's queue."""
-        for ahead, session in enumerate(sessions):
+    def _tell_positions(self, sessions: WaitLine | list[Session], ahead: int = 0) -> None:
+        """Tell queued tasks their place where it has changed: in the line, or in their session's queue.
+
+        `ahead` is how many sessions of the line stand before the first of `sessions`.
+        """
+        for place, session in enumerate(sessions, ahead):
             if session.state is SessionState.PREPARING:
                 continue
             for index, task_id in enumerate(session.queue):
                 task = self.tasks[task_id]
-                position = index + 1 + (ahead if session.state is SessionState.WAITING else 0)
+                position = index + 1 + (place if session.state is SessionState.WAITING else 0)
                 if task.position != position:
                     task.position = position
                     self._tell(notices.queue(task))

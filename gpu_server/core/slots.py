@@ -53,6 +53,10 @@ class SlotSpec:
     is_gpu: bool
     tiers: frozenset[Tier] = BOTH_TIERS
 
+    def is_meant_by(self, name: str) -> bool:
+        """Whether another container's name for a GPU means this one: UUID or its prefix, index, or `all`."""
+        return self.is_gpu and (name in ("all", self.id) or (len(name) > 4 and self.uuid.startswith(name)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
@@ -86,6 +90,7 @@ class Slots:
     def __init__(self) -> None:
         self._slots: dict[str, Slot] = {}
         self._free: dict[frozenset[Tier], dict[str, None]] = {}
+        self._serving: dict[Tier, int] = dict.fromkeys(Tier, 0)
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots.values())
@@ -106,11 +111,13 @@ class Slots:
     def add(self, spec: SlotSpec) -> Slot:
         """Take a device into service. It starts in washing and waits for its first certificate."""
         slot = self._slots[spec.id] = Slot(spec=spec)
+        for tier in spec.tiers:
+            self._serving[tier] += 1
         return slot
 
     def serving(self, tier: Tier) -> int:
         """How many slots could ever serve `tier`, whatever state they are in."""
-        return sum(tier in slot.spec.tiers for slot in self)
+        return self._serving[tier]
 
     def choose(self, count: int, tier: Tier, reserved: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """The free slots a lease of `count` would take, or as many as there are: the caller compares lengths.

@@ -50,5 +50,7 @@ class WaitLine:
         """Whether someone who joined the line now would start at once, behind all who wait already."""
         reserved: frozenset[str] = frozenset()
         for session in self._line.values():
+            if len(reserved) == slots.free_count:
+                return False
             reserved |= frozenset(slots.choose(session.workload.gpus, session.tier, reserved))
         return len(slots.choose(count, tier, reserved)) == count

@@ -28,7 +28,7 @@ def connect(docker_host: str | None, timeout: float) -> APIClient:
     is_unix = url.startswith(_UNIX)
     if is_unix:
         _UnixConnection(url, url.removeprefix(_UNIX), limit).probe()
-    client = APIClient(base_url=docker_host, timeout=limit)  # type: ignore[arg-type]
+    client = APIClient(base_url=docker_host, timeout=limit)
     client.trust_env = False  # no proxy of the environment stands before the engine
     if is_unix:
         client.mount("http+docker://", _UnixAdapter(url, limit))

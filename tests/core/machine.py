@@ -517,7 +517,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.submit(tenant, work, tier, kind, None)
 
     @precondition(lambda self: self.world.sessions)
-    @rule(pick=PICK, times=st.integers(1, 3), odd=st.integers(0, 15), work=st.sampled_from(WORKLOADS))
+    @rule(pick=PICK, times=st.integers(1, 4), odd=st.integers(0, 15), work=st.sampled_from(WORKLOADS))
     def submits_to_a_session(self, pick: int, times: int, odd: int, work: Workload) -> None:
         session_id = self.pick(self.world.takes_tasks() or list(self.world.sessions), pick)
         book = self.world.sessions[session_id]
@@ -540,7 +540,7 @@ class NodeMachine(RuleBasedStateMachine):
                 workload=work,
                 session_id=session_id,
                 new_session_id=self.name("s"),
-                timeout=25.0 if self.names % 3 else 500.0,
+                timeout=500.0 if self.names % 3 else 25.0,
             )
         )
         if admitted and self.names % 4:  # most tasks have a reader
@@ -697,14 +697,16 @@ class NodeMachine(RuleBasedStateMachine):
             self.world.send(ev.Tick())
 
     @precondition(lambda self: self.world.at_work())
-    @rule(pick=PICK)
-    def a_lifetime_passes(self, pick: int) -> None:
-        """Time until just after a session that is at work reaches the end of its lifetime."""
-        session_id, _ = self.pick(self.world.at_work(), pick)
+    @rule(pick=PICK, ends=st.booleans())
+    def a_lifetime_passes(self, pick: int, ends: bool) -> None:
+        """A session at work reaches the end of its lifetime, and perhaps its task ends in the grace."""
+        session_id, task_id = self.pick(self.world.at_work(), pick)
         leased_at = self.world.sessions[session_id].leased_at
         assert leased_at is not None
         self.world.now = max(self.world.now, leased_at + self.world.node.rules.max_lifetime)
         self.world.send(ev.Tick())
+        if ends:
+            self.world.fact(ev.TaskEnded(session_id=session_id, task_id=task_id, state=TaskState.COMPLETED))
 
     @precondition(lambda self: self.world.submitted > 2 and not self.world.shutting_down)
     @rule(really=PICK)

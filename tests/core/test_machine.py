@@ -23,6 +23,7 @@ def test_a_few_hundred_histories() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_thousands_of_histories() -> None:
     """Thousands of histories, new ones in every run."""
     run_state_machine_as_test(NodeMachine, settings=settings(HISTORIES, max_examples=2000))

@@ -134,7 +134,7 @@ async def test_nvml_that_fails_is_an_inventory_error() -> None:
     ],
 )
 async def test_readings_name_what_is_wrong_with_a_gpu(change: dict[str, object], fault: str | None) -> None:
-    """Uncorrected errors, rows waiting for or failing a remap, and a lost GPU are faults of that GPU alone."""
+    """Uncorrected errors, a row that waits for a remap or cannot have one, and a lost GPU are faults."""
     nvml = two()
     inventory = NvmlInventory(None, {}, nvml=nvml)
     await inventory.discover()

@@ -67,8 +67,7 @@ def test_a_folder_has_a_share_to_write_and_a_task_to_read(folder: RunFolder) -> 
 
 @as_root
 def test_only_the_workers_uid_reads_the_input_and_it_cannot_change_it() -> None:
-    """Another uid sees neither share nor input; the worker's own cannot write, replace or open up its task."""
-
+    """Another uid sees neither share nor input; the worker's own cannot write or replace its input."""
     with tempfile.TemporaryDirectory() as top:
         Path(top).chmod(0o711)
         folder = RunFolders(Path(top) / "run").create("s_1", TEST_UID, b"{}")
@@ -234,7 +233,7 @@ def nest(top: Path, depth: int) -> None:
 def test_removing_takes_everything_and_nothing_outside(
     folders: RunFolders, folder: RunFolder, tmp_path: Path
 ) -> None:
-    """Links are removed and not followed; thousands of nested folders, pipes and sockets go; it is idempotent."""
+    """Links are not followed; thousands of nested folders, pipes and sockets go; it is idempotent."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").touch()

@@ -24,7 +24,7 @@ async def test_two_tasks_in_one_session_and_a_oneoff(caller: Caller) -> None:
     ]
     assert [data["status"] for data in first.of("connection")] == ["allocated", "session_ready"]
     assert [data["status"] for data in first.of("worker")] == ["created", "loading", "working", "waiting"]
-    assert [data["stage"] for data in first.of("progress")][:3] == ["model", "image", "container"]
+    assert first.of("progress")[-1]["stage"] == "loading"
     assert first.events[-1].data["status"] == "completed"
     assert first.events[-1].data["usage"] == {"deltas": 3}
     assert first.events[-1].data["elapsed_seconds"] >= 0
@@ -300,7 +300,7 @@ async def test_a_lease_of_several_slots(serve: Callable[..., Service]) -> None:
         assert behind.of("connection")[0]["status"] == "queued"
         await caller.kill(one.session_id)
         await pair.finish()
-        assert pair.of("connection")[-1]["gpu_ids"] == ["cpu0", "cpu1"]
+        assert set(pair.of("connection")[-1]["gpu_ids"]) == {"cpu0", "cpu1"}
         await caller.kill(pair.session_id)
         assert (await behind.finish())["status"] == "completed"
         await caller.kill(behind.session_id)
