@@ -3,10 +3,12 @@
 A decision is one event handled by the node. Two kinds of traffic are measured on a node of 1,000 slots:
 
 tasks     on warm sessions: a task is submitted, gets a reader, ends, loses its reader, and time passes
-turnover  of sessions: one is killed, its container goes, its slot is washed, the next session takes the slot and
-          gets ready, a new one joins, the oldest tombstone is forgotten
+turnover  of sessions: one is killed, its container goes, its slot is washed, the next session takes the slot
+          and gets ready, a new one joins, the oldest tombstone is forgotten
 
-Sessions beyond the slots are over (tombstones, still readable) or waiting in the line.
+Sessions beyond the slots are over (tombstones, still readable) or waiting in the line. Whenever the line moves
+everyone in it gets a new place, so there the work of one turnover grows with the line: `GPU_WAIT_MAX_TASKS`,
+100 unless set, is its bound.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def serve() -> None:
 
     settings = _settings()
     log.configure(settings.log_level)
-    loop_factory = uvicorn.Config(lambda: None).get_loop_factory()
+    loop_factory = uvicorn.Config(lambda: None, log_config=None).get_loop_factory()
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             status = runner.run(run(settings))

@@ -10,6 +10,8 @@ import pytest
 from docker import APIClient
 from docker.errors import DockerException
 
+from gpu_server.drivers.docker_api import ENGINE_ERRORS, connect
+
 TEST_IMAGE = "python:3.11-slim"
 
 
@@ -23,8 +25,8 @@ def _absent(reason: str) -> None:
 def docker_engine() -> Iterator[APIClient]:
     """A client of the engine, which has the test image. Fails in CI where there is none, else skips."""
     try:
-        client = APIClient(timeout=30)
-    except DockerException as error:
+        client = connect(None, 30)
+    except ENGINE_ERRORS as error:
         _absent(str(error))
         raise
     with closing(client):

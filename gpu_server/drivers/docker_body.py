@@ -110,7 +110,12 @@ def _host_config(spec: WorkerSpec, seccomp: str, image_volumes: Iterable[str]) -
     return {
         "NetworkMode": "none",
         "ReadonlyRootfs": True,
-        "Tmpfs": {**{path: scratch for path in image_volumes if path not in targets}, "/tmp": tmp},
+        "Tmpfs": {
+            **{path: scratch for path in image_volumes if path not in targets},
+            "/tmp": tmp,
+            # The engine mounts a message queue file system there, which any uid may write to.
+            "/dev/mqueue": "ro,nosuid,nodev,noexec,size=4k",
+        },
         "Mounts": mounts,
         "CapDrop": ["ALL"],
         "Privileged": False,

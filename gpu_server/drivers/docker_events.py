@@ -50,7 +50,8 @@ class ExitListener:
         self._told: OrderedDict[str, None] = OrderedDict()
         self._oom: OrderedDict[str, None] = OrderedDict()
         # Some seconds back: the answer's headers come before the engine has subscribed us.
-        self._since = int(time.time()) - 10
+        self._began = time.time_ns()
+        self._since = self._began // 1_000_000_000 - 10
         self._pause = _FIRST_PAUSE
         self._thread = threading.Thread(target=self._run, name="docker-events", daemon=True)
 
@@ -131,6 +132,8 @@ class ExitListener:
         if event["Action"] == "oom":
             _remember(self._oom, container_id)
         elif event["Action"] == "die" and container_id not in self._told:
+            if int(event.get("timeNano") or self._began) < self._began and _is_gone(client, container_id):
+                return  # it ended and was removed before this listener began: an earlier one's affair
             exit_code = int(attributes.get("exitCode", "0"))
             oom = container_id in self._oom
             if exit_code == _KILLED and not oom:
@@ -153,6 +156,14 @@ def _remember(ids: OrderedDict[str, None], container_id: str) -> None:
     ids[container_id] = None
     while len(ids) > _REMEMBERED:
         ids.popitem(last=False)
+
+
+def _is_gone(client: APIClient, container_id: str) -> bool:
+    try:
+        client.inspect_container(container_id)
+    except NotFound:
+        return True
+    return False
 
 
 def _was_out_of_memory(client: APIClient, container_id: str) -> bool:

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from gpu_server.core import events as ev
+from gpu_server.core.effects import Effect
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import Rules, Session, Task, TaskType
 from gpu_server.core.slots import SlotSpec
@@ -30,6 +31,7 @@ from tests.app.reading import Event, all_events, parse
 from tests.fakes.clock import FakeClock
 from tests.fakes.runtime import FakeEngine, FakeRuntime, FakeScript
 
+E = TypeVar("E", bound=ev.Event)
 IMAGE = "gpu-server/played:dev"
 PRESET = Preset(docker_image=IMAGE, model="none")
 EXEC = Preset(docker_image=IMAGE, model="none", contract="exec")
@@ -59,6 +61,7 @@ class World:
     workers: dict[str, PlayedWorker] = field(default_factory=dict)
     playing: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     broke: list[str] = field(default_factory=list)
+    heard: list[ev.Event] = field(default_factory=list)
     prepare: Callable[[PlayedWorker], None] = lambda worker: None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _ids: Any = field(default_factory=itertools.count)
@@ -70,7 +73,9 @@ class World:
         worker = PlayedWorker(spec.session_id, spec.folder.socket, self.on_task, health=dict(self.health))
         self.prepare(worker)
         self.workers[spec.session_id] = worker
-        self.playing[spec.session_id] = self.group.create_task(worker.serve(worker.listen()))
+        listener = worker.listen()
+        playing = self.playing[spec.session_id] = self.group.create_task(worker.serve(listener))
+        playing.add_done_callback(lambda _: listener.close())
 
     def exit(self, session_id: str, code: int = 1, **how: Any) -> None:
         """The worker's process ends: its sockets close, the runtime hears it."""
@@ -111,6 +116,10 @@ class World:
         )
         return task_id, session_id or new_session_id
 
+    def told(self, kind: type[E]) -> list[E]:
+        """The events of one kind that the core has heard."""
+        return [event for event in self.heard if isinstance(event, kind)]
+
     def session(self, session_id: str) -> Session:
         return self.engine.node.sessions[session_id]
 
@@ -138,6 +147,13 @@ class World:
     async def free(self) -> None:
         """Wait until every slot is free."""
         await self.until(lambda: all(slot.state == "free" for slot in self.engine.node.slots))
+
+    async def washes(self) -> None:
+        """Wait until no wash runs."""
+        async with asyncio.timeout(20):
+            while self.engine._washes:
+                await asyncio.wait(list(self.engine._washes.values()))
+                await asyncio.sleep(0)
 
     async def saw(self, task_id: str, text: str) -> None:
         """Wait until a delta of this text is in the task's stream."""
@@ -197,11 +213,19 @@ async def engine_world(
         )
         world = World(engine, runtime, machine, clock, folders, tmp_path / "run", group, broke=broke)
         engine.on_decided = world.decided
+        handle = engine.node.handle
+
+        def recorded(event: ev.Event, now: float) -> list[Effect]:
+            world.heard.append(event)
+            return handle(event, now)
+
+        engine.node.handle = recorded
         runtime.on_start = world.start_worker
         async with engine.running():
             engine.report(ev.NodeStarted(slots=slots))
             if washed:
                 await world.free()
+                await world.washes()
             yield world
             for worker in world.workers.values():
                 worker.released.set()

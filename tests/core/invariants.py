@@ -44,7 +44,7 @@ def snapshot(node: Node) -> str:
     """The whole state in words, so that two moments can be compared for equality."""
     return repr(
         (
-            [slot for slot in node.slots],
+            list(node.slots),
             {tiers: list(ids) for tiers, ids in node.slots._free.items()},
             node.sessions,
             node.tasks,

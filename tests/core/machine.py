@@ -1,8 +1,8 @@
 """A node driven through random histories by a world that keeps its own books.
 
 `World` plays everything around the core: it starts workers (or never does), runs tasks, washes slots, loses
-things, comes late and says things twice. `Books` is what it believes, learnt only from the events sent and the
-effects seen; it shares no state with the node, so the two can disagree, and then `Broken` is raised.
+things, comes late and says things twice. Its books are what it believes, learnt only from the events sent and
+the effects seen; they share no state with the node, so the two can disagree, and then `Broken` is raised.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Story:
             )
         )
         if read:
-            self.tell(ev.ReaderCame(task_id=task_id))
+            self.read(task_id)
         return effects
 
     def ask(
@@ -112,6 +112,18 @@ class Story:
 
     def cancel(self, task_id: str = "t1", tenant: str = "ann") -> list[fx.Effect]:
         return self.tell(ev.TaskCancelRequested(task_id=task_id, tenant=tenant))
+
+    def read(self, task_id: str = "t1") -> list[fx.Effect]:
+        return self.tell(ev.ReaderCame(task_id=task_id))
+
+    def leave(self, task_id: str = "t1") -> list[fx.Effect]:
+        return self.tell(ev.ReaderLeft(task_id=task_id))
+
+    def order_wash(self, slot_id: str = "g0") -> list[fx.Effect]:
+        return self.tell(ev.SlotWashOrdered(slot_id=slot_id))
+
+    def shut_down(self) -> list[fx.Effect]:
+        return self.tell(ev.ShutdownOrdered())
 
     # -- what became of effects
 
@@ -143,6 +155,19 @@ class Story:
     def passes(self, slot_id: str) -> list[fx.Effect]:
         """The wash of this slot passes."""
         return self.tell(ev.WashPassed(certificate=self.certificate(slot_id)))
+
+    def fails(
+        self, *slot_ids: str, session_id: str | None = "s1", fence: int | None = None
+    ) -> list[fx.Effect]:
+        """The wash of these slots fails."""
+        if fence is None:
+            fence = self.slot(slot_ids[0]).fence
+        return self.tell(
+            ev.WashFailed(session_id=session_id, slot_ids=slot_ids, fence=fence, reason="memory is in use")
+        )
+
+    def is_faulty(self, slot_id: str = "g0", fault: str | None = "xid 79") -> list[fx.Effect]:
+        return self.tell(ev.SlotChecked(slot_id=slot_id, fault=fault))
 
     def gone(self, session_id: str = "s1") -> list[fx.Effect]:
         return self.tell(ev.ContainerGone(session_id=session_id))

@@ -87,7 +87,7 @@ def test_mounts_are_what_the_contract_says(folder: RunFolder) -> None:
 def test_volumes_of_an_image_become_sized_tmpfs(folder: RunFolder) -> None:
     """An image cannot get itself an unbounded folder on the host's disk, nor cover a mount of ours."""
     body = body_of(worker_spec(folder), image_volumes=["/data", "/tmp", "/run/gpu-worker"])
-    assert set(body["HostConfig"]["Tmpfs"]) == {"/data", "/tmp"}
+    assert set(body["HostConfig"]["Tmpfs"]) == {"/data", "/tmp", "/dev/mqueue"}
     assert f"size={LIMITS.tmp_size}" in body["HostConfig"]["Tmpfs"]["/data"]
 
 

@@ -133,6 +133,18 @@ def test_the_memory_limit_is_known_by_event_or_by_looking() -> None:
         assert ears.next() == ("removed", 137, False)
 
 
+def test_what_ended_and_was_removed_before_is_nobodys_news() -> None:
+    """The stream begins a little in the past; of earlier exits only those still there are told."""
+    engine = Engine()
+    with Ears(engine) as ears:
+        stream = engine.streams.get(timeout=30)
+        old = {"timeNano": 100 * 10**9}
+        stream.events.put(event("die", "removed", exitCode="0") | old)
+        engine.exited["there"] = inspect("w-there", 3)
+        stream.events.put(event("die", "there", exitCode="3") | old)
+        assert ears.next() == ("there", 3, False)
+
+
 def test_an_engine_that_is_away_is_tried_again() -> None:
     """Failing to connect is no end: the listener comes back."""
     engine, failures = Engine(), iter([OSError("away"), ValueError("half an event")])

@@ -160,11 +160,9 @@ async def test_a_recorded_pid_that_is_another_process_now_is_left_alone(
         with running(["sleep", "300"]) as stranger:
             now = leader_now(stranger.pid)
             assert now is not None
-            for lie in (
-                {"start_time": now.start_time - 1},
-                {"start_time": now.start_time, "boot_id": "another"},
-            ):
-                write_record(folder.path, dataclasses.replace(record, **{"pid": now.pid, **lie}))
+            for start_time, boot in ((now.start_time - 1, record.boot_id), (now.start_time, "another")):
+                lie = dataclasses.replace(record, pid=now.pid, start_time=start_time, boot_id=boot)
+                write_record(folder.path, lie)
                 (seen,) = await runtime.list_workers()
                 assert not seen.running
                 await runtime.remove(worker.name, grace=0)

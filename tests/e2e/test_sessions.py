@@ -9,8 +9,7 @@ from datetime import datetime
 import pytest
 
 from gpu_server.client import Refused
-from tests.e2e.harness import Service, until
-from tests.e2e.harness import Caller
+from tests.e2e.harness import Caller, Service, until
 
 
 def seconds(text: str) -> float:

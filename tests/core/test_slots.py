@@ -1,0 +1,201 @@
+"""Slots: allocation by tier, and the one way back to free."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from gpu_server.core.errors import CertificateRejected, ImpossibleTransition
+from gpu_server.core.slots import BOTH_TIERS, SLOT_TRANSITIONS, Certificate, Slots, SlotState, Tier
+from tests.core.story import device
+
+LOW, HIGH = frozenset({Tier.LOW}), frozenset({Tier.HIGH})
+
+
+def certificate(slot_id: str = "g0", uuid: str | None = None, fence: int = 0) -> Certificate:
+    return Certificate(kind="teardown", slot_id=slot_id, slot_uuid=uuid or f"GPU-{slot_id}", fence=fence)
+
+
+def clean(**tiers: frozenset[Tier]) -> Slots:
+    """Free slots of these ids and tiers."""
+    slots = Slots()
+    for slot_id, serves in tiers.items():
+        slots.add(device(slot_id, serves))
+        slots.free(certificate(slot_id))
+    return slots
+
+
+def slot_in(state: SlotState) -> Slots:
+    """One slot `g0`, brought to this state by the usual way."""
+    slots = Slots()
+    slots.add(device("g0"))
+    if state is SlotState.QUARANTINED:
+        slots.quarantine("g0", "memory is in use")
+    elif state is not SlotState.WASHING:
+        slots.free(certificate())
+        if state is SlotState.LEASED:
+            slots.lease(["g0"], "s1", 1)
+    return slots
+
+
+@pytest.mark.parametrize(("state", "to"), list(itertools.product(SlotState, SlotState)))
+def test_a_slot_follows_its_table(state: SlotState, to: SlotState) -> None:
+    """Every move is either in the table or an error that tells the slot's story."""
+    slots = slot_in(state)
+    if to in SLOT_TRANSITIONS[state]:
+        slots._move("g0", to, "test")
+        assert slots["g0"].state is to
+        assert slots["g0"].history[-1] == f"{state}->{to}: test"
+        return
+    with pytest.raises(ImpossibleTransition, match=f"slot g0: {state} -> {to} is impossible") as raised:
+        slots._move("g0", to, "test")
+    assert all(move in str(raised.value) for move in slots["g0"].history)
+    assert slots["g0"].state is state
+
+
+def test_only_washing_leads_to_free() -> None:
+    """The table itself knows no other way to free, and none from quarantine but by a wash."""
+    assert [state for state, to in SLOT_TRANSITIONS.items() if SlotState.FREE in to] == [SlotState.WASHING]
+    assert SLOT_TRANSITIONS[SlotState.QUARANTINED] == {SlotState.WASHING}
+
+
+def test_a_new_slot_is_not_free() -> None:
+    """Nobody knows what a device holds when the node starts, so it waits for its first certificate."""
+    slots = Slots()
+    slots.add(device("g0"))
+    assert slots["g0"].state is SlotState.WASHING
+    assert slots.free_count == 0
+    assert slots.choose(1, Tier.LOW) == ()
+    slots.free(certificate())
+    assert slots.choose(1, Tier.LOW) == ("g0",)
+
+
+def test_a_leased_slot_knows_its_holder_and_fence() -> None:
+    """Who holds a slot, and under which fence, is written on the slot."""
+    slots = clean(g0=BOTH_TIERS, g1=BOTH_TIERS)
+    slots.lease(["g1"], "s1", 7)
+    assert (slots["g1"].holder, slots["g1"].fence) == ("s1", 7)
+    assert slots.free_count == 1
+    slots.wash(["g1"], "over")
+    slots.free(certificate("g1", fence=7))
+    assert (slots["g1"].holder, slots.free_count) == (None, 2)
+
+
+def test_slots_of_one_tier_go_first() -> None:
+    """A slot that serves both tiers stays open for the other as long as one of this tier alone is free."""
+    slots = clean(both=BOTH_TIERS, low=LOW, high=HIGH)
+    assert slots.choose(1, Tier.LOW) == ("low",)
+    assert slots.choose(1, Tier.HIGH) == ("high",)
+    assert slots.choose(2, Tier.HIGH) == ("high", "both")
+    assert slots.choose(3, Tier.HIGH) == ("high", "both")
+
+
+def test_reserved_slots_are_not_chosen() -> None:
+    """What is kept for someone else is not there."""
+    slots = clean(g0=BOTH_TIERS, g1=BOTH_TIERS)
+    assert slots.choose(2, Tier.LOW, frozenset({"g0"})) == ("g1",)
+
+
+def test_serving_counts_slots_in_any_state() -> None:
+    """What could ever serve a tier does not depend on who holds it now."""
+    slots = clean(a=LOW, b=BOTH_TIERS, c=HIGH, d=HIGH)
+    slots.lease(["a"], "s1", 1)
+    slots.report_fault("c", "ecc")
+    assert (slots.serving(Tier.LOW), slots.serving(Tier.HIGH)) == (2, 3)
+
+
+def test_slots_can_be_asked_for() -> None:
+    """The collection knows its size, its members and their order."""
+    slots = clean(a=LOW, b=HIGH)
+    assert len(slots) == 2
+    assert "a" in slots
+    assert "z" not in slots
+    assert [slot.spec.id for slot in slots] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (certificate("g9"), "no such slot"),
+        (certificate("g0", uuid="GPU-g1", fence=3), "it names device GPU-g1"),
+        (certificate("g0", fence=2), "fence 2, ordered was 3"),
+        (certificate("g0", fence=4), "fence 4, ordered was 3"),
+    ],
+)
+def test_a_certificate_of_something_else_frees_nothing(wrong: Certificate, why: str) -> None:
+    """It must be for this device and for the wash that was ordered."""
+    slots = clean(g0=BOTH_TIERS)
+    slots.lease(["g0"], "s1", 3)
+    slots.wash(["g0"], "over")
+    with pytest.raises(CertificateRejected, match=why):
+        slots.free(wrong)
+    assert slots["g0"].state is SlotState.WASHING
+    assert slots.free_count == 0
+
+
+@pytest.mark.parametrize("state", [SlotState.FREE, SlotState.LEASED, SlotState.QUARANTINED])
+def test_a_certificate_without_a_wash_frees_nothing(state: SlotState) -> None:
+    """A slot that nobody washes cannot be freed, whatever the paper says."""
+    slots = slot_in(state)
+    with pytest.raises(CertificateRejected, match=f"the slot is {state}, no wash was ordered"):
+        slots.free(certificate(fence=slots["g0"].fence))
+    assert slots["g0"].state is state
+
+
+def test_a_free_slot_with_a_fault_is_quarantined_at_once() -> None:
+    """A bad device is not leased from the moment it is known to be bad."""
+    slots = clean(g0=BOTH_TIERS)
+    slots.report_fault("g0", "xid 79")
+    assert slots["g0"].state is SlotState.QUARANTINED
+    assert slots.choose(1, Tier.LOW) == ()
+
+
+@pytest.mark.parametrize("state", [SlotState.LEASED, SlotState.WASHING])
+def test_a_slot_in_use_with_a_fault_is_quarantined_after_its_wash(state: SlotState) -> None:
+    """Bad news waits for the wash, and then a good certificate does not help."""
+    slots = slot_in(state)
+    slots.report_fault("g0", "xid 79")
+    assert slots["g0"].state is state
+    if state is SlotState.LEASED:
+        slots.wash(["g0"], "over")
+    slots.free(certificate(fence=slots["g0"].fence))
+    assert slots["g0"].state is SlotState.QUARANTINED
+    assert slots["g0"].fault == "xid 79"
+
+
+def test_a_fault_that_went_away_is_forgotten() -> None:
+    """A slot that is found healthy before its wash is over comes back."""
+    slots = slot_in(SlotState.WASHING)
+    slots.report_fault("g0", "too hot")
+    slots.report_fault("g0", None)
+    slots.free(certificate())
+    assert slots["g0"].state is SlotState.FREE
+
+
+def test_good_news_does_not_end_a_quarantine() -> None:
+    """Only a wash that passes brings a quarantined slot back."""
+    slots = slot_in(SlotState.QUARANTINED)
+    slots.report_fault("g0", None)
+    assert slots["g0"].state is SlotState.QUARANTINED
+    assert slots["g0"].fault == "memory is in use"
+
+
+def test_a_second_wash_has_a_fence_of_its_own() -> None:
+    """A late certificate of the first wash does not free the slot in the middle of the second."""
+    slots = slot_in(SlotState.QUARANTINED)
+    slots.rewash("g0", 5)
+    with pytest.raises(CertificateRejected, match="ordered was 5"):
+        slots.free(certificate(fence=0))
+    slots.free(certificate(fence=5))
+    assert slots["g0"].state is SlotState.FREE
+
+
+def test_a_slot_remembers_its_last_moves_only() -> None:
+    """The history helps to explain and does not grow without end."""
+    slots = clean(g0=BOTH_TIERS)
+    for fence in range(1, 20):
+        slots.lease(["g0"], "s1", fence)
+        slots.wash(["g0"], "over")
+        slots.free(certificate(fence=fence))
+    assert len(slots["g0"].history) == 16
