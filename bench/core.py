@@ -6,9 +6,9 @@ tasks     on warm sessions: a task is submitted, gets a reader, ends, loses its 
 turnover  of sessions: one is killed, its container goes, its slot is washed, the next session takes the slot
           and gets ready, a new one joins, the oldest tombstone is forgotten
 
-Sessions beyond the slots are over (tombstones, still readable) or waiting in the line. Whenever the line moves
-everyone in it gets a new place, so there the work of one turnover grows with the line: `GPU_WAIT_MAX_TASKS`,
-100 unless set, is its bound.
+Sessions beyond the slots are over (tombstones, still readable) or waiting in the line. Whenever the line
+moves everyone in it gets a new place, so there the work of one turnover grows with the line, which is bounded
+by `GPU_WAIT_MAX_TASKS` (100 unless set).
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ STATUS: Mapping[RefusalCode, int] = {
     RefusalCode.INTERNAL: 500,
 }
 
+MAX_NAME_LENGTH = 64
+
 log = structlog.get_logger()
 
 
@@ -71,9 +73,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # The input itself is left out: it may be somebody's prompt, and may be huge.
+        # The input itself is left out: it may be somebody's prompt, and may be huge. So may a field's name.
         errors = [
-            {"where": ".".join(map(str, detail["loc"])), "what": detail["msg"]}
+            {"where": ".".join(str(part)[:MAX_NAME_LENGTH] for part in detail["loc"]), "what": detail["msg"]}
             for detail in error.errors()[:20]
         ]
         first = f"{errors[0]['where']}: {errors[0]['what']}" if errors else "the request is not valid"

@@ -397,7 +397,7 @@ class Node:
         if session.ended or session.tearing_down:
             return
         session.close_reason = session.close_reason or reason
-        if reason in FAILED_REASONS:
+        if session.close_reason in FAILED_REASONS:
             session.failure = failure
         session.tearing_down = True
         for task_id in [*session.busy, *session.queue]:

@@ -178,8 +178,6 @@ async def test_trouble_that_passes(laundry: Laundry) -> None:
             (when,) = await next_sleep(laundry.clock, washing)
             assert when is not None
             laundry.clock.advance(when - laundry.clock.now())
-            while laundry.clock.slept_to:
-                await asyncio.sleep(0)
         laundry.runtime.wrong.clear()
         (when,) = await next_sleep(laundry.clock, washing)
         laundry.clock.advance(10)

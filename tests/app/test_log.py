@@ -40,6 +40,27 @@ def test_level(level: str, count: int) -> None:
     assert len(logged(theirs, level)) == count
 
 
+def test_a_terminal() -> None:
+    """On a terminal a traceback shows no variable's value: it may be a key or a prompt."""
+    code = """
+import io, sys
+class Terminal(io.StringIO):
+    def isatty(self): return True
+sys.stderr, real = Terminal(), sys.stderr
+from gpu_server import log
+import structlog
+log.configure("info")
+def crash(api_key): raise ValueError("a bug")
+try: crash("".join(["se", "cret"]))
+except ValueError: structlog.get_logger().exception("x.crashed", session_id="s_1")
+real.write(sys.stderr.getvalue())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "x.crashed" in done.stderr
+    assert "ValueError: a bug" in done.stderr
+    assert "secret" not in done.stderr
+
+
 def test_chatty_libraries() -> None:
     """Libraries that log every call are heard from warnings on, whatever the level."""
     lines = logged("for n in ('docker', 'urllib3', 'aiohttp'): logging.getLogger(n).info('x')", "debug")

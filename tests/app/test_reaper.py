@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpu_server import attendant
 from gpu_server.core import events as ev
 from gpu_server.core.sessions import Rules
 from gpu_server.core.slots import SlotSpec
@@ -17,6 +18,12 @@ from gpu_server.reaper import FOLDER_CHECK_SECONDS, RECONCILE_EVERY, Reaper
 from tests.app.played_worker import hold
 from tests.app.world import World, engine_world, slot_specs
 from tests.worker_specs import TEST_UID, worker_spec
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that vanished has left nobody who closes its output: that is not waited for."""
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
 
 
 class Inventory:
@@ -65,9 +72,8 @@ async def test_ticks_at_deadlines(tmp_path: Path) -> None:
         await world.events(task_id)
         idle = world.session(session_id).idle_deadline
         assert idle == world.clock.now() + 50
-        await world.clock.until_slept_to(idle)
         world.clock.advance(49.9)
-        await asyncio.sleep(0)
+        await world.clock.until_slept_to(idle)
         assert world.session(session_id).state == "ready"
         world.clock.advance(0.2)
         await world.until(lambda: world.session(session_id).ended)
@@ -83,7 +89,6 @@ async def test_wakes_for_an_earlier_deadline(tmp_path: Path) -> None:
         first, session_id = world.submit(timeout=80)
         await world.saw(first, "held")
         await world.until(lambda: world.session(session_id).state == "working")
-        await world.clock.until_slept_to(world.engine.node.next_deadline())
         second, _ = world.submit(timeout=3)
         await world.saw(second, "held")
         deadline = world.clock.now() + 3

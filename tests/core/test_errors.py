@@ -24,13 +24,11 @@ def test_a_code_is_its_name_in_small_letters(code: RefusalCode | FailureCode) ->
 
 def test_a_refusal_carries_what_a_client_needs() -> None:
     """Code, message, the ids that it is about and when to come back; ids that are unknown are left out."""
-    refusal = Refusal(
-        RefusalCode.SESSION_QUEUE_FULL, "5 tasks wait", retry_after=5, session_id="s1", task_id=None
-    )
+    refusal = Refusal(RefusalCode.SESSION_QUEUE_FULL, "5 wait", retry_after=5, session_id="s1", task_id=None)
     assert (refusal.code, refusal.message, str(refusal)) == (
         "session_queue_full",
-        "5 tasks wait",
-        "5 tasks wait",
+        "5 wait",
+        "5 wait",
     )
     assert refusal.retry_after == 5
     assert refusal.ids == {"session_id": "s1"}

@@ -26,4 +26,6 @@ def test_a_few_hundred_histories() -> None:
 @pytest.mark.timeout(300)
 def test_thousands_of_histories() -> None:
     """Thousands of histories, new ones in every run."""
-    run_state_machine_as_test(NodeMachine, settings=settings(HISTORIES, max_examples=2000))
+    run_state_machine_as_test(
+        NodeMachine, settings=settings(HISTORIES, max_examples=2000, stateful_step_count=40)
+    )

@@ -1,4 +1,4 @@
-"""The node, told as small stories: each docstring is a promise, and the state is checked after every event."""
+"""The node, told as small stories: each docstring is a promise; the state is checked after every event."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_a_keepalive_at_work_or_before_the_start_changes_nothing() -> None:
 
 
 def test_the_expiry_says_which_clock_will_end_the_session() -> None:
-    """One object: the wait for a GPU, then the lifetime, then idling, then the lifetime at work, then nothing."""
+    """One object: the wait for a GPU, the lifetime, idling, the lifetime again at work, and then nothing."""
     story = Story("g0")
     born = story.now
     story.ask("s0")
@@ -269,7 +269,7 @@ def test_the_expiry_says_which_clock_will_end_the_session() -> None:
 
 
 def test_at_the_lifetime_running_tasks_get_a_grace_and_queued_ones_a_reason() -> None:
-    """Nothing is dropped in silence: queued tasks fail with `session_lifetime`, the running one may end well."""
+    """Nothing is dropped in silence: queued tasks fail with a clear code, the running one may end well."""
     story = busy("t1", "t2", "t3", max_lifetime=500)
     assert not only(story.after(500), fx.WashSlots)
     assert story.session().state is SessionState.DRAINING
@@ -928,7 +928,7 @@ def test_a_shutdown_ends_everything_and_starts_nothing() -> None:
 
 
 def test_a_tombstone_can_be_read_and_is_forgotten_in_the_end() -> None:
-    """For its retention a session keeps its reason and last words; then it is gone, and the engine hears it."""
+    """For its retention a session keeps its reason and last words; then it is gone, and that is said."""
     story = warm(tombstone_retention=100)
     story.lose(log_tail="out of memory")
     story.clean_up()
@@ -972,3 +972,13 @@ def test_a_node_with_nothing_to_do_has_no_deadline() -> None:
     story.clean_up()
     story.after(10)
     assert story.node.next_deadline() is None
+
+
+def test_a_worker_lost_in_the_lifetime_grace_does_not_make_the_session_failed() -> None:
+    """A session has one reason and one end: over by its lifetime, whatever its worker did after that."""
+    story = busy("t1", max_lifetime=500)
+    story.after(500)
+    story.lose()
+    story.gone()
+    session = story.session()
+    assert (session.state, session.close_reason, session.failure) == ("closed", "max_lifetime", None)

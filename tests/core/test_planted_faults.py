@@ -1,7 +1,7 @@
 """The random histories are only worth their time if they find faults: here are some, and each is found.
 
-Every planted node is wrong in one way. For `BY_THE_BOOKS` its own state is not inspected: what it does must give
-it away. For `BY_INSPECTION` the state contradicts itself before anyone outside could tell.
+Every planted node is wrong in one way. For `BY_THE_BOOKS` its own state is not inspected: what it does must
+give it away. For `BY_INSPECTION` the state contradicts itself before anyone outside could tell.
 """
 
 from __future__ import annotations

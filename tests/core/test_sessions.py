@@ -93,10 +93,9 @@ def test_the_end_is_the_end() -> None:
 
 def test_a_session_with_a_container_drains_before_it_ends() -> None:
     """Only a session that never had a container may end without draining."""
-    before_end = {
-        s for s, to in SESSION_TRANSITIONS.items() if to & {SessionState.CLOSED, SessionState.FAILED}
-    }
-    assert before_end == {SessionState.WAITING, SessionState.DRAINING}
+    ends = {SessionState.CLOSED, SessionState.FAILED}
+    before = {state for state, to in SESSION_TRANSITIONS.items() if to & ends}
+    assert before == {SessionState.WAITING, SessionState.DRAINING}
 
 
 def test_a_completed_task_has_run() -> None:

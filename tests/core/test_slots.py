@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -199,3 +200,17 @@ def test_a_slot_remembers_its_last_moves_only() -> None:
         slots.wash(["g0"], "over")
         slots.free(certificate(fence=fence))
     assert len(slots["g0"].history) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("all", True), ("g0", True), ("GPU-g0", True), ("GPU-g", True), ("GPU-", False), ("g1", False)],
+)
+def test_a_gpu_has_several_names(name: str, meant: bool) -> None:
+    """Its UUID, a prefix that says more than "GPU-", its index, or all of them."""
+    assert device("g0").is_meant_by(name) is meant
+
+
+def test_a_stand_in_is_nobodys_gpu() -> None:
+    """Whoever asks for all GPUs does not mean a CPU."""
+    assert not replace(device("g0"), is_gpu=False).is_meant_by("all")

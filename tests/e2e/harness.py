@@ -63,23 +63,10 @@ PROGRAM = {
     "command": ["python3", "-u", "-c", RUN_CODE],
     "process_command": ["python", "-u", "-c", RUN_CODE],
 }
-HOSTILE_MODES = [
-    "probe",
-    "exit",
-    "never_ready",
-    "no_socket",
-    "symlink",
-    "folder",
-    "flood",
-    "many_files",
-    "wrong_session",
-    "slow_header",
-    "endless_health",
-    "endless_frame",
-    "bad_ids",
-    "bad_event",
-    "no_end",
-]
+HOSTILE_MODES = (
+    *("probe", "exit", "never_ready", "no_socket", "symlink", "folder", "flood", "many_files"),
+    *("wrong_session", "slow_header", "endless_health", "endless_frame", "bad_ids", "bad_event", "no_end"),
+)
 # Only ever in containers: as a plain process they would go off on the machine that runs the tests.
 BOMBS = ("fork_bomb", "memory_bomb")
 HANGS_AT_START = {"never_ready", "no_socket", "slow_header"}
@@ -367,7 +354,7 @@ DEFAULTS: Mapping[str, object] = {
     "DEFAULT_TASK_TIMEOUT": 60,
     "MAX_TASK_TIMEOUT": 120,
     "GPU_WAIT_MAX_SECONDS": 60,
-    "MAX_BODY_BYTES": 1 << 18,
+    "MAX_BODY_BYTES": 1_000_000,
 }
 
 
@@ -378,7 +365,7 @@ def free_port() -> int:
 
 
 class Service:
-    """One service process, its folders and its log. Settings are given by their names, None leaves one out."""
+    """One service process, its folders and its log. A setting that is None is left out."""
 
     def __init__(self, runtime: str, root: Path, engine: APIClient | None, **settings: object) -> None:
         self.runtime, self.engine = runtime, engine

@@ -51,7 +51,7 @@ class Chaos:
         self.until = time.monotonic() + seconds
         self.accepted: dict[str, str] = {}
         self.refused: Counter[str] = Counter()
-        self.sessions: dict[str, list[str]] = {f"chaos-{n}": [] for n in range(TENANTS)}
+        self.sessions: dict[str, list[tuple[str, str]]] = {f"chaos-{n}": [] for n in range(TENANTS)}
 
     @property
     def goes_on(self) -> bool:
@@ -67,7 +67,7 @@ class Chaos:
                     await self.one_task(caller, dice)
                 except Refused as refused:
                     self.refused[refused.code] += 1
-                    await asyncio.sleep(dice.uniform(0, 0.2))
+                    await asyncio.sleep(dice.uniform(0, 0.5))
 
     async def one_task(self, caller: Caller, dice: random.Random) -> None:
         sessions, kind = self.sessions[caller.tenant], dice.random()
@@ -79,19 +79,24 @@ class Chaos:
         elif kind < 0.32:
             content = body(dice.choice(["exit", "bad_event", "no_end", "symlink"]), model="hostile")
         elif kind < 0.7 and sessions:
-            content = body(session=dice.choice(sessions[-3:]), **wish)
+            session_id, preset = dice.choice(sessions[-2:])
+            content = body(preset, session=session_id, **wish)
         else:
             content = body(dice.choice(["stream", "batch"]), **wish)
         content["timeout_seconds"] = dice.uniform(0.2, 4)
         async with caller.http.post("/api/tasks/submit", json=content) as answer:
             if answer.status != 200:
+                if "session_id" in content:
+                    with contextlib.suppress(ValueError):
+                        sessions.remove((content["session_id"], content["task_preset"]))
                 raise Refused(answer.status, await answer.json(content_type=None))
             task = Following(read_events(answer.content))
             await task.until("connection")
             self.accepted[task.task_id] = caller.tenant
-            if content["task_type"] == "session" and "session_id" not in content:
-                sessions.append(task.session_id)
-            fate = dice.choice(["stay", "stay", "stay", "cancel", "leave", "kill", "look"])
+            entry = (task.session_id, content["task_preset"])
+            if content["task_type"] == "session" and content["model_id"] == "echo" and entry not in sessions:
+                sessions.append(entry)
+            fate = dice.choice(["stay", "stay", "stay", "stay", "cancel", "leave", "kill", "look"])
             patience = 60.0 if fate == "stay" else dice.expovariate(1.0)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience):

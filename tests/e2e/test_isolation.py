@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from tests.e2e.harness import Caller, Services, only_docker
+from tests.e2e.harness import Caller, only_docker
 
-pytestmark = [only_docker, pytest.mark.docker]
+pytestmark = only_docker
 
 REPORTS: dict[str, dict[str, Any]] = {}
 
 
 @pytest.fixture
-async def report(services: Services, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+async def report(caller: Caller) -> dict[str, Any]:
     """What the hostile worker's look around reports, made once, while another session lives beside it."""
     if not REPORTS:
         async with caller.service.caller() as other:
@@ -30,7 +29,7 @@ async def report(services: Services, caller: Caller) -> AsyncIterator[dict[str, 
                 "own": task.session_id,
                 "key": caller.service.key,
             }
-    yield REPORTS["probe"]
+    return REPORTS["probe"]
 
 
 async def test_it_looked_in_earnest(report: dict[str, Any]) -> None:

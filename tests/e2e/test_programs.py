@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from tests.e2e.harness import Caller
 
 
-async def run(caller: Caller, code: str, **more: object) -> tuple[dict, list]:
-    task = await caller.run("program", oneoff=True, code=code, **more)
+async def run(
+    caller: Caller, code: str, **more: object
+) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    task = await caller.run("program", oneoff=True, code=code)
     ended = await caller.ended(task.session_id)
     assert ended["close_reason"] in ("oneoff_done", "start_failed")
     events = [(e.event, e.data) for e in task.events if e.event not in ("connection", "worker", "progress")]

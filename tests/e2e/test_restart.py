@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -58,7 +59,7 @@ async def test_a_service_killed_again_and_again(own: Service) -> None:
             for _ in range(3):
                 session_id = (await caller.open("slow_start"))["session_id"]
             if stage != "model":
-                await until("it is under way", lambda s=session_id: _has_come(caller, s, stage))
+                await until("it is under way", partial(_has_come, caller, session_id, stage))
             own.crash()
         own.start()
         assert own.residue() == []

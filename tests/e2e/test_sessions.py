@@ -11,6 +11,8 @@ import pytest
 from gpu_server.client import Refused
 from tests.e2e.harness import Caller, Service, until
 
+SHORT_LIFE = {"SESSION_MAX_LIFETIME_SECONDS": 2.5, "LIFETIME_GRACE_SECONDS": 20}
+
 
 def seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
@@ -48,7 +50,7 @@ async def test_keepalive_renews_the_idle_deadline(serve: Callable[..., Service])
 
 async def test_keepalive_never_passes_the_lifetime(serve: Callable[..., Service]) -> None:
     """The idle deadline stops at the lifetime, and a session that is kept alive ends there."""
-    async with serve(SESSION_IDLE_TIMEOUT_SECONDS=30, SESSION_MAX_LIFETIME_SECONDS=3).caller() as caller:
+    async with serve(**SHORT_LIFE).caller() as caller:
         session_id = await caller.warm()
         expiry = (await caller.keep_alive(session_id))["expiry"]
         assert expiry["idle_deadline"] == expiry["max_deadline"] == expiry["effective"]
@@ -58,8 +60,7 @@ async def test_keepalive_never_passes_the_lifetime(serve: Callable[..., Service]
 
 async def test_at_the_lifetime_a_running_task_has_a_grace(serve: Callable[..., Service]) -> None:
     """What runs may end within LIFETIME_GRACE_SECONDS, what is queued fails, nothing new is taken."""
-    settings = {"SESSION_MAX_LIFETIME_SECONDS": 3, "LIFETIME_GRACE_SECONDS": 20}
-    async with serve(**settings).caller() as caller:
+    async with serve(**SHORT_LIFE).caller() as caller:
         session_id = await caller.warm()
         running = await caller.working(session=session_id, count=100, delay_ms=40)
         queued = await caller.started(session=session_id, prompt="too late")
@@ -138,7 +139,7 @@ async def _stage_is(caller: Caller, session_id: str, *stages: str) -> bool:
 
 async def test_killing_a_session_that_waits(serve: Callable[..., Service]) -> None:
     """It leaves the line at once, and its task ends as `cancelled`."""
-    async with serve(CPU_SLOTS=1).caller() as caller:
+    async with serve(CPU_SLOTS=1, GPU_WAIT_MAX_TASKS=3).caller() as caller:
         await caller.working(hang=True)
         waiting = await caller.started(prompt="x")
         assert (await caller.kill(waiting.session_id))["state"] == "closed"

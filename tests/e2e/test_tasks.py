@@ -10,6 +10,8 @@ import pytest
 from gpu_server.client import Refused
 from tests.e2e.harness import Caller, Service, body, until
 
+ONE_SLOT = {"CPU_SLOTS": 1, "GPU_WAIT_MAX_TASKS": 3}
+
 
 async def test_two_tasks_in_one_session_and_a_oneoff(caller: Caller) -> None:
     """A session's first task brings up its worker, the second finds it ready, a one-off has its own."""
@@ -210,7 +212,7 @@ async def test_a_client_that_comes_back_misses_nothing(caller: Caller) -> None:
     assert seen[-1].data["status"] == "completed"
 
 
-async def test_another_reader_keeps_a_task_alive(serve: Callable[..., Service], caller: Caller) -> None:
+async def test_another_reader_keeps_a_task_alive(caller: Caller) -> None:
     """The grace counts from when the last of its readers has gone."""
     task = await caller.working(hang=True)
     async with caller.events(task.task_id) as other:
@@ -230,7 +232,7 @@ async def test_another_reader_keeps_a_task_alive(serve: Callable[..., Service], 
 
 async def test_sessions_wait_in_line_for_a_slot(serve: Callable[..., Service]) -> None:
     """Who cannot have a slot yet hears its place, and gets one in the order of the line."""
-    async with serve(CPU_SLOTS=1, GPU_WAIT_MAX_SECONDS=40).caller() as caller:
+    async with serve(**ONE_SLOT).caller() as caller:
         first = await caller.working(hang=True)
         second, third = await caller.started(prompt="b"), await caller.started(prompt="c")
         assert [task.of("connection")[0]["status"] for task in (second, third)] == ["queued", "queued"]
@@ -268,16 +270,17 @@ async def test_waiting_can_be_switched_off(serve: Callable[..., Service]) -> Non
 
 async def test_the_line_has_a_length(serve: Callable[..., Service]) -> None:
     """More than GPU_WAIT_MAX_TASKS may not wait."""
-    async with serve(CPU_SLOTS=1, GPU_WAIT_MAX_TASKS=1).caller() as caller:
+    async with serve(**ONE_SLOT).caller() as caller:
         await caller.working(hang=True)
-        await caller.started()
+        for _ in range(3):
+            await caller.started()
         status, problem, headers = await caller.ask("POST", "/api/tasks/submit", json=body())
         assert (status, problem["code"], "Retry-After" in headers) == (429, "gpu_wait_line_full", True)
 
 
 async def test_leaving_the_line(serve: Callable[..., Service]) -> None:
     """A session whose only task goes away while it waits is gone too, and the next one moves up."""
-    async with serve(CPU_SLOTS=1).caller() as caller:
+    async with serve(**ONE_SLOT).caller() as caller:
         await caller.working(hang=True)
         cancelled, left, last = [await caller.started() for _ in range(3)]
         await last.until("queue", position=3)

@@ -34,13 +34,8 @@ class FakeClock:
 
     @property
     def slept_to(self) -> tuple[float, ...]:
-        """The moments that somebody sleeps to, the earliest first."""
-        return tuple(sorted(when for when in self._sleepers.values() if when is not None))
-
-    @property
-    def sleepers(self) -> int:
-        """How many sleep, those without a moment included."""
-        return len(self._sleepers)
+        """The moments to come that somebody sleeps to, the earliest first."""
+        return tuple(sorted(when for when in self._sleepers.values() if when is not None and when > self._now))
 
     def advance(self, seconds: float) -> None:
         """Move time."""
