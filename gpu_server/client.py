@@ -36,12 +36,18 @@ class Refused(Exception):
 
 
 class Client:
-    """Talks to one service as one tenant. Use as an async context manager."""
+    """Talks to one service as one tenant. Use as an async context manager.
+
+    Raises `aiohttp.InvalidURL` when `url` is none.
+    """
 
     def __init__(self, url: str, api_key: str, *, tenant: str | None = None) -> None:
         headers = {"X-API-Key": api_key} | ({"X-Tenant-ID": tenant} if tenant else {})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        self._http = aiohttp.ClientSession(url, headers=headers, timeout=timeout, read_bufsize=1 << 18)
+        try:
+            self._http = aiohttp.ClientSession(url, headers=headers, timeout=timeout, read_bufsize=1 << 18)
+        except ValueError as error:
+            raise aiohttp.InvalidURL(url, str(error)) from error
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ two decisions can interleave. Effects run as tasks that the engine owns and come
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -250,7 +251,9 @@ class Engine:
         session = self.node.sessions[effect.session_id]
         preset, workload = self._presets[session.id], session.workload
         slots = [self.node.slots[slot_id].spec for slot_id in effect.slot_ids]
-        uid = self._uid_base + list(self.node.slots).index(self.node.slots[effect.slot_ids[0]])
+        number = list(self.node.slots).index(self.node.slots[effect.slot_ids[0]])
+        # Without root the run folder is our own, and a worker with another uid could not write its socket.
+        uid = self._uid_base + number if os.geteuid() == 0 else os.geteuid()
         exec_task = session.queue[0] if preset.worker_contract is Contract.EXEC else None
 
         def find_model() -> None:

@@ -133,7 +133,7 @@ async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime
     """Docker, or processes where there is certainly neither an engine nor a GPU. Fails closed."""
     if settings.runtime == "process" or (settings.runtime == "auto" and not _docker_belongs_here()):
         return ProcessRuntime(instance, settings.run_dir, _working_dir(settings))
-    runtime = DockerRuntime(instance)
+    runtime = DockerRuntime(instance, docker_host=os.environ.get("DOCKER_HOST") or None)
     try:
         await runtime.ping()
     except RuntimeUnreachable as error:
@@ -148,7 +148,7 @@ async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime
 def _docker_belongs_here() -> bool:
     """Whether this machine has a Docker socket, names an engine, or has a GPU that needs one."""
     places = (Path("/var/run/docker.sock"), Path("/dev/nvidiactl"))
-    return "DOCKER_HOST" in os.environ or any(place.exists() for place in places)
+    return bool(os.environ.get("DOCKER_HOST")) or any(place.exists() for place in places)
 
 
 def _working_dir(settings: Settings) -> Path:

@@ -102,4 +102,5 @@ def short(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
+    """Text of an engine, without line breaks and not too long."""
     return " ".join(text.split())[:_MESSAGE_LENGTH]

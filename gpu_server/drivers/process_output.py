@@ -142,6 +142,7 @@ class DiscardedOutput:
 
 
 def remove_pipes(folder: Path) -> None:
+    """Remove a worker's pipes; it is no error if there are none."""
     for stream in _STREAMS:
         with contextlib.suppress(FileNotFoundError):
             (folder / stream).unlink()

@@ -56,6 +56,7 @@ def read_record(folder: Path) -> ProcessRecord | None:
 
 
 def remove_record(folder: Path) -> None:
+    """Remove a worker's record; it is no error if there is none."""
     for name in (_FILE, f"{_FILE}.new"):
         with contextlib.suppress(FileNotFoundError):
             (folder / name).unlink()

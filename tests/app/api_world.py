@@ -76,14 +76,21 @@ class Api:
     http: aiohttp.ClientSession
 
     async def ask(
-        self, method: str, path: str, body: Any = None, *, tenant: str | None = "a", key: str = KEY, **more: Any
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        tenant: str | None = "a",
+        key: str = KEY,
+        **more: Any,
     ) -> Answer:
         """One request as a tenant (None: without a key)."""
         headers = {**({"X-API-Key": key, "X-Tenant-ID": tenant} if tenant else {}), **more.pop("headers", {})}
         if body is not None and "data" not in more:
             more["json"] = body
         async with asyncio.timeout(20), self.http.request(method, path, headers=headers, **more) as answer:
-            return Answer(answer.status, dict(answer.headers), await answer.read())
+            return Answer(answer.status, answer.headers, await answer.read())
 
     async def submit(self, tenant: str = "a", **changes: Any) -> Answer:
         """Submit a task and follow it to its end, or to its refusal."""
@@ -101,9 +108,14 @@ class Api:
 
 @asynccontextmanager
 async def api_world(
-    tmp_path: Path, *, settings: Mapping[str, Any] | None = None, warnings: tuple[str, ...] = (), **engine: Any
+    tmp_path: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    warnings: tuple[str, ...] = (),
+    **engine: Any,
 ) -> AsyncIterator[Api]:
     """The application over a world of `engine_world(**engine)`."""
+    tmp_path.mkdir(exist_ok=True)
     file = tmp_path / "presets.yaml"
     file.write_text(PRESETS)
     config = Settings(_env_file=None, **(settings or {}))

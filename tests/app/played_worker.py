@@ -146,7 +146,9 @@ class PlayedWorker:
         except asyncio.IncompleteReadError:
             return False
         method, path, _ = head.split(" ", 2)
-        length = [line.split(":")[1] for line in head.lower().splitlines() if line.startswith("content-length")]
+        length = [
+            line.split(":")[1] for line in head.lower().splitlines() if line.startswith("content-length")
+        ]
         body = await reader.readexactly(int(length[0])) if length else b""
         call = Call(method, path, body, writer)
         self.calls.append((method, path))

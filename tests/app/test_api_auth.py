@@ -82,11 +82,11 @@ async def test_tenants(tmp_path: Path) -> None:
         session_id = await api.session("org/team:a.b-c_1")
         assert api.world.session(session_id).tenant == "org/team:a.b-c_1"
         own = {"X-API-Key": KEY}
-        answer = await api.ask(
-            "POST", "/api/tasks/submit", {**TASK, "tenant": "b"}, tenant=None, headers=own
-        )
+        answer = await api.ask("POST", "/api/tasks/submit", {**TASK, "tenant": "b"}, tenant=None, headers=own)
         answer.problem(422, "invalid_request")
-        first = (await api.ask("POST", "/api/tasks/submit", {**TASK, "task_type": "oneoff"}, tenant="b")).events[0]
+        first = (
+            await api.ask("POST", "/api/tasks/submit", {**TASK, "task_type": "oneoff"}, tenant="b")
+        ).events[0]
         assert api.world.task(first.data["task_id"]).tenant == "b"
         for tenant in ("", "a b", "x" * 129, "\u00e4", "a;b"):
             headers = {"X-API-Key": KEY, "X-Tenant-ID": tenant}

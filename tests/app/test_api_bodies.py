@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpu_server.api.bodies import check_depth
 from gpu_server.core.errors import Refusal, RefusalCode
-from tests.app.api_world import TASK, Api, Answer, api_world
+from tests.app.api_world import TASK, Answer, Api, api_world
 
 JSON = {"Content-Type": "application/json"}
 
@@ -117,7 +117,9 @@ def depth_of(value: Any) -> int:
 @given(
     st.recursive(
         st.none() | st.integers(),
-        lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=2), children, max_size=3),
+        lambda children: (
+            st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=2), children, max_size=3)
+        ),
         max_leaves=12,
     ),
     st.integers(1, 6),

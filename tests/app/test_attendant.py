@@ -40,7 +40,9 @@ def deltas(events: list[Any]) -> list[str]:
     return [event.data["delta"] for event in events if event.name == "text_delta"]
 
 
-async def run(world: World, on_task: TaskScript, on_attach: TaskScript | None = None) -> tuple[list[Any], str]:
+async def run(
+    world: World, on_task: TaskScript, on_attach: TaskScript | None = None
+) -> tuple[list[Any], str]:
     """The events of one task with a worker that behaves so, and its session."""
 
     def prepare(worker: PlayedWorker) -> None:
@@ -74,7 +76,10 @@ async def test_a_broken_stream_is_taken_up(tmp_path: Path, how: str) -> None:
         await call.done()
 
     async with engine_world(tmp_path) as world:
-        world.prepare = lambda worker: (setattr(worker, "on_task", breaks), setattr(worker, "on_attach", resumes))
+        world.prepare = lambda worker: (
+            setattr(worker, "on_task", breaks),
+            setattr(worker, "on_attach", resumes),
+        )
         task_id, session_id = world.submit()
         await world.saw(task_id, "d2")
         world.workers[session_id].released.set()
@@ -112,7 +117,9 @@ async def test_no_progress_ends_the_session(tmp_path: Path) -> None:
         assert deltas(events) == ["d1"]
         assert events[-1].data["error"]["code"] == "worker_unreachable"
         assert world.session(session_id).close_reason == "worker_misbehaved"
-        attaches = [path for method, path in world.workers[session_id].calls if method == "GET" and "tasks" in path]
+        attaches = [
+            path for method, path in world.workers[session_id].calls if method == "GET" and "tasks" in path
+        ]
         assert len(attaches) == attendant.REATTACH_TRIES
         await world.free()
 
@@ -262,7 +269,10 @@ async def test_a_start_that_is_refused(tmp_path: Path, method: str, error: Excep
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(StartRefused("start_failed", "no"), "start_failed"), (RuntimeUnreachable("gone"), "runtime_unreachable")],
+    [
+        (StartRefused("start_failed", "no"), "start_failed"),
+        (RuntimeUnreachable("gone"), "runtime_unreachable"),
+    ],
 )
 async def test_a_program_that_cannot_start(tmp_path: Path, error: Exception, code: str) -> None:
     """The same holds for programs of the exec contract."""

@@ -83,7 +83,10 @@ async def test_not_utf8() -> None:
 
 async def test_last_line_without_end() -> None:
     """What has no line end when the program ends is a line too."""
-    assert bare(await run(("stdout", b"a\nb"), ("stderr", b"c"))) == [*logs("a", "b"), *logs("c", stream="stderr")]
+    assert bare(await run(("stdout", b"a\nb"), ("stderr", b"c"))) == [
+        *logs("a", "b"),
+        *logs("c", stream="stderr"),
+    ]
 
 
 async def test_streams_do_not_mix() -> None:
@@ -117,9 +120,7 @@ async def test_progress_keeps_its_place() -> None:
     stream.note = lambda event, data: seen.append((event, data))
     relay = stream.relay
     stream.relay = lambda bodies: (seen.append(("relay", len(bodies))), relay(bodies))[1]
-    ExecOutput(stream).feed(
-        Output("stdout", b'a\nb\n{"event":"progress","stage":"s","done":1}\nc\n')
-    )
+    ExecOutput(stream).feed(Output("stdout", b'a\nb\n{"event":"progress","stage":"s","done":1}\nc\n'))
     assert seen == [("relay", 2), ("progress", {"stage": "s", "done": 1}), ("relay", 1)]
 
 

@@ -66,9 +66,7 @@ EVENTS = st.one_of(
         st.just("logs"),
         st.fixed_dictionaries({"stream": st.sampled_from(["stdout", "stderr"]), "line": TEXT}),
     ),
-    st.tuples(
-        st.just("artifact"), st.fixed_dictionaries({"name": TEXT, "media_type": TEXT, "data": TEXT})
-    ),
+    st.tuples(st.just("artifact"), st.fixed_dictionaries({"name": TEXT, "media_type": TEXT, "data": TEXT})),
     st.tuples(
         st.just("progress"),
         st.fixed_dictionaries({"stage": TEXT, "done": NUMBER}, optional={"total": NUMBER | st.none()}),

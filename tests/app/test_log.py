@@ -12,7 +12,9 @@ import pytest
 def logged(code: str, level: str = "info") -> list[str]:
     """The lines that `code` logs."""
     program = f"import logging, structlog\nfrom gpu_server import log\nlog.configure({level!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout == ""
     return done.stderr.splitlines()
 
@@ -35,7 +37,9 @@ def test_exceptions_are_in_the_line() -> None:
 def test_level(level: str, count: int) -> None:
     """LOG_LEVEL holds for our own lines and for those of the libraries."""
     ours = "for name in ('debug', 'info', 'warning', 'error'): getattr(structlog.get_logger(), name)('x')"
-    theirs = "for name in ('debug', 'info', 'warning', 'error'): getattr(logging.getLogger('uvicorn'), name)('x')"
+    theirs = (
+        "for name in ('debug', 'info', 'warning', 'error'): getattr(logging.getLogger('uvicorn'), name)('x')"
+    )
     assert len(logged(ours, level)) == count
     assert len(logged(theirs, level)) == count
 
@@ -55,7 +59,9 @@ try: crash("".join(["se", "cret"]))
 except ValueError: structlog.get_logger().exception("x.crashed", session_id="s_1")
 real.write(sys.stderr.getvalue())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert "x.crashed" in done.stderr
     assert "ValueError: a bug" in done.stderr
     assert "secret" not in done.stderr

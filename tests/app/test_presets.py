@@ -231,7 +231,10 @@ MISTAKES = {
     "not YAML": ("models:\n  m: [1\n  n: 2\n", ["3: not YAML: expected ',' or ']'"]),
     "a tab": ("models:\n\tm: 1\n", ["2: not YAML: found character"]),
     "two documents": ("models: {}\n---\nmodels: {}\n", ["2: not YAML: but found another document"]),
-    "a tag": ("models:\n  m: !python/object:os.system {}\n", ["2: not YAML: could not determine a constructor"]),
+    "a tag": (
+        "models:\n  m: !python/object:os.system {}\n",
+        ["2: not YAML: could not determine a constructor"],
+    ),
     "a key that is a list": ("models:\n  ? [a]\n  : {}\n", ["2: not YAML: found unhashable key"]),
     "no date": ("models:\n  m: 2024-13-45\n", ["1: not YAML: month must be in 1..12"]),
     "doubled keys": (

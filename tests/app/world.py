@@ -1,4 +1,4 @@
-"""An engine in process: the real core, streams, run folders and attendants over a fake runtime and a fake clock.
+"""An engine in process: real core, streams, run folders and attendants over a fake runtime and clock.
 
 Workers are `PlayedWorker`s that listen on the real socket of their run folder.
 """

@@ -43,8 +43,8 @@ def services(runtime: str, request: pytest.FixtureRequest) -> Iterator[Services]
     found = Services(runtime, root, engine)
     try:
         yield found
-    finally:
         found.close()
+    finally:
         shutil.rmtree(root)
 
 

@@ -492,6 +492,15 @@ class Service:
         workers = self.worker_pids() if self.runtime == "process" else []
         return [c["Names"][0] for c in self.containers()] + self.run_folders() + [f"pid {p}" for p in workers]
 
+    def sweep(self) -> None:
+        """Remove the workers that a service left which did not do it itself."""
+        for container in self.containers():
+            assert self.engine is not None
+            self.engine.remove_container(container["Id"], v=True, force=True)
+        for pid in self.worker_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def memory(self, field: str = "VmRSS") -> int:
         """The process's memory in bytes: VmRSS now, VmHWM at its peak."""
         assert self.process is not None
@@ -568,9 +577,11 @@ class Services:
         return service
 
     def close(self) -> None:
-        """Stop all; afterwards nothing of any of them may be left."""
+        """Stop all; afterwards nothing of any of them may be left. What is, is removed from this machine."""
+        left = []
         for service in self._all:
             service.close()
-        for service in self._all:
             if (service.state_dir / "instance_id").exists():
-                assert service.residue() == [], service.folder
+                left += service.residue()
+                service.sweep()
+        assert left == []

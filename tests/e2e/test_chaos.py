@@ -1,4 +1,7 @@
-"""Fifty clients at once do whatever they like; afterwards everything is accounted for."""
+"""Fifty clients at once do whatever they like; afterwards everything is accounted for.
+
+CHAOS_SECONDS says for how long, CHAOS_SEED repeats what the clients decided in a run that printed it.
+"""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ import pytest
 
 from tests.e2e.harness import Caller
 
+Events = list[tuple[str, dict[str, Any]]]
 
-async def run(
-    caller: Caller, code: str, **more: object
-) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+
+async def run(caller: Caller, code: str) -> tuple[dict[str, Any], Events]:
+    """Run a program; what `task_finish` says, and the events before it that are the program's own."""
     task = await caller.run("program", oneoff=True, code=code)
     ended = await caller.ended(task.session_id)
     assert ended["close_reason"] in ("oneoff_done", "start_failed")

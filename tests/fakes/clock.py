@@ -35,7 +35,9 @@ class FakeClock:
     @property
     def slept_to(self) -> tuple[float, ...]:
         """The moments to come that somebody sleeps to, the earliest first."""
-        return tuple(sorted(when for when in self._sleepers.values() if when is not None and when > self._now))
+        return tuple(
+            sorted(when for when in self._sleepers.values() if when is not None and when > self._now)
+        )
 
     def advance(self, seconds: float) -> None:
         """Move time."""

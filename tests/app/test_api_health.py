@@ -1,0 +1,132 @@
+"""`/health`: every state of the node, and who may see what."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from gpu_server.core import events as ev
+from gpu_server.core.slots import SlotState
+from gpu_server.ports import SlotReading
+from tests.app.api_world import KEY, Api, api_world
+from tests.app.played_worker import hold
+from tests.app.world import slot_specs
+
+
+async def health(api: Api, tenant: str | None = None) -> tuple[int, dict[str, Any]]:
+    answer = await api.ask("GET", "/health", tenant=tenant)
+    assert answer.headers["Content-Type"] == "application/json"
+    return answer.status, answer.json
+
+
+async def state(api: Api) -> tuple[int, str, bool]:
+    status, report = await health(api)
+    return status, report["status"], report["ready"]
+
+
+async def test_ok(tmp_path: Path) -> None:
+    """A node that is free reports every slot and its warnings, open to all."""
+    async with api_world(tmp_path, slots=slot_specs(2, gpu=True), warnings=("careful",)) as api:
+        api.world.engine.readings = {"0": SlotReading(memory_used_mb=5, fault=None)}
+        status, report = await health(api)
+        slots = report.pop("gpus")
+        assert (status, report) == (
+            200,
+            {
+                "status": "ok",
+                "ready": True,
+                "runtime": "process",
+                "enclave_healthy": None,
+                "gpu_healthy": True,
+                "models_loaded": 0,
+                "active_sessions": 0,
+                "active_tasks": 0,
+                "waiting_sessions": 0,
+                "warnings": ["careful"],
+            },
+        )
+        assert slots[0] == {
+            "id": "0",
+            "uuid": "GPU-0000",
+            "name": "GPU",
+            "kind": "gpu",
+            "tiers": ["high", "low"],
+            "state": "free",
+            "fault": None,
+            "memory_total_mb": 0,
+            "memory_used_mb": 5,
+            "held_by": None,
+        }
+        assert (slots[1]["id"], slots[1]["memory_used_mb"]) == ("1", None)
+
+
+async def test_starting(tmp_path: Path) -> None:
+    """Until the first wash is through the node does not serve."""
+    async with api_world(tmp_path, slots=slot_specs(1)) as api:
+        slot = api.world.engine.node.slots["0"]
+        slot.state = SlotState.WASHING  # as it is born; a wash through this runtime is too quick to be seen
+        assert await state(api) == (503, "starting", False)
+        slot.state = SlotState.FREE
+        assert await state(api) == (200, "ok", True)
+
+
+async def test_busy(tmp_path: Path) -> None:
+    """A node all of whose slots are leased or being washed after a lease still serves."""
+    async with api_world(tmp_path, slots=slot_specs(1)) as api:
+        session_id = await api.session()
+        waiting, _ = api.world.submit()
+        assert await state(api) == (200, "ok", True)
+        _, report = await health(api)
+        assert (report["active_sessions"], report["waiting_sessions"]) == (1, 1)
+        assert (report["active_tasks"], report["models_loaded"]) == (1, 1)
+        gate = api.world.runtime.gates["remove"] = asyncio.Event()
+        await api.ask("DELETE", f"/api/sessions/{session_id}")
+        assert await state(api) == (200, "ok", True)
+        gate.set()
+        await api.world.events(waiting)
+
+
+async def test_degraded(tmp_path: Path) -> None:
+    """A node that has lost some of its slots serves with the others; one that has lost all does not."""
+    async with api_world(tmp_path, slots=slot_specs(2)) as api:
+        api.world.engine.report(ev.SlotChecked(slot_id="0", fault="it smokes"))
+        assert await state(api) == (200, "degraded", True)
+        _, report = await health(api)
+        assert report["gpu_healthy"] is False
+        assert (report["gpus"][0]["state"], report["gpus"][0]["fault"]) == ("quarantined", "it smokes")
+        api.world.engine.report(ev.SlotChecked(slot_id="1", fault="it smokes too"))
+        assert await state(api) == (503, "unhealthy", False)
+
+
+async def test_failed(tmp_path: Path) -> None:
+    """A node that has met a bug in a decision does not serve."""
+    async with api_world(tmp_path) as api:
+        api.world.engine.broken = "a bug"
+        assert await state(api) == (503, "failed", False)
+
+
+async def test_stopping(tmp_path: Path) -> None:
+    """A node that stops does not serve."""
+    async with api_world(tmp_path) as api:
+        api.world.engine.report(ev.ShutdownOrdered())
+        assert await state(api) == (503, "stopping", False)
+
+
+async def test_holders(tmp_path: Path) -> None:
+    """Who holds a slot, and with which tasks, is shown to that tenant alone."""
+    async with api_world(tmp_path) as api:
+        api.world.on_task = hold
+        task_id, session_id = api.world.submit(tenant="a")
+        await api.world.saw(task_id, "held")
+        queued, _ = api.world.submit(session_id, tenant="a")
+        other, _ = api.world.submit(tenant="b")
+        await api.world.saw(other, "held")
+        _, report = await health(api, "a")
+        held = [slot["held_by"] for slot in report["gpus"]]
+        assert held == [{"session_id": session_id, "task_ids": [task_id, queued]}, None, None, None]
+        for stranger in (None, "c"):
+            answer = await api.ask("GET", "/health", tenant=stranger)
+            assert [slot["state"] for slot in answer.json["gpus"]] == ["leased", "leased", "free", "free"]
+            for secret in (session_id, task_id, queued, other, KEY):
+                assert secret not in answer.raw.decode()

@@ -1,0 +1,284 @@
+"""Putting the service together: what it refuses to start with, what it keeps, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from gpu_server import presets, service
+from gpu_server.core.sessions import TaskType
+from gpu_server.core.slots import Tier
+from gpu_server.drivers.inventory import CpuInventory
+from gpu_server.drivers.process import ProcessRuntime
+from gpu_server.engine import Submission
+from gpu_server.ports import InventoryError, SlotInventory
+from gpu_server.service import Service, StartRefusedByNode, new_id, open_service
+from gpu_server.settings import Settings
+from tests.app.reading import Event, all_events
+
+ROOT = Path(__file__).parents[2]
+PRESETS = f"""
+models:
+  echo:
+    stream:
+      docker_image: gpu-server/echo:dev
+      process_command: [python, {ROOT}/worker_images/echo/worker.py]
+      model: none
+    forbidden:
+      docker_image: elsewhere/image
+"""
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots without a device, whatever this machine has; workers that find the SDK."""
+
+    async def choose(*, cpu_slots: int, **_: Any) -> SlotInventory:
+        return CpuInventory(cpu_slots, {})
+
+    monkeypatch.setattr(service, "choose_inventory", choose)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "worker_images/sdk"))
+
+
+def settings_in(tmp_path: Path, **changes: Any) -> Settings:
+    file = tmp_path / "config" / "presets.yaml"
+    file.parent.mkdir(exist_ok=True)
+    if not file.exists():
+        file.write_text(PRESETS)
+    given = {
+        "runtime": "process",
+        "state_dir": tmp_path / "state",
+        "run_dir": tmp_path / "run",
+        "model_presets_file": file,
+        "stop_grace_seconds": 0.5,
+    }
+    return Settings(_env_file=None, **(given | changes))
+
+
+async def run(opened: Service, **metadata: Any) -> list[Event]:
+    """One task of the echo worker."""
+    task_id = new_id("t")
+    opened.engine.submit(
+        Submission(
+            task_id=task_id,
+            tenant="a",
+            task_type=TaskType.SESSION,
+            tier=Tier.LOW,
+            model_id="echo",
+            task_preset="stream",
+            preset=opened.presets.get("echo", "stream"),
+            session_id=None,
+            new_session_id=new_id("s"),
+            timeout=60,
+            body=orjson.dumps({"metadata": metadata}),
+        )
+    )
+    stream = opened.engine.streams.get(task_id)
+    assert stream is not None
+    return await all_events(stream)
+
+
+async def test_a_real_worker(tmp_path: Path) -> None:
+    """The parts together run a task in a real process, and at the end leave neither process nor folder."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        events = await run(opened, prompt="hello there", log="a line")
+        assert [event.data["delta"] for event in events if event.name == "text_delta"] == ["hello ", "there"]
+        assert {"stream": "stdout", "line": "a line"} in [event.data for event in events]
+        assert events[-1].data["status"] == "completed"
+        (worker,) = await opened.runtime.list_workers()
+        assert worker.running
+    assert list((tmp_path / "run").iterdir()) == []
+    left = ProcessRuntime("x", settings.run_dir, tmp_path)
+    assert await left.list_workers() == ()
+
+
+async def test_leftovers_of_a_former_life(tmp_path: Path) -> None:
+    """Run folders that an earlier life left are gone before anything is leased."""
+    old = tmp_path / "run" / "s_old" / "share"
+    old.mkdir(parents=True)
+    (old / "file").write_text("x")
+    async with open_service(settings_in(tmp_path)) as opened:
+        events = await run(opened, prompt="x")
+        assert events[-1].data["status"] == "completed"
+        assert not (tmp_path / "run" / "s_old").exists()
+
+
+async def test_one_service_for_a_state_dir(tmp_path: Path) -> None:
+    """A second service on the same STATE_DIR is refused, until the first has ended."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings):
+        with pytest.raises(StartRefusedByNode, match="another service uses STATE_DIR"):
+            async with open_service(settings):
+                pass
+    async with open_service(settings):
+        pass
+
+
+async def test_the_key_that_was_not_given(tmp_path: Path) -> None:
+    """A service without a key makes one, readable by its owner alone, and keeps it; nothing logs it."""
+    settings = settings_in(tmp_path)
+    keys = []
+    for _ in range(2):
+        async with open_service(settings) as opened:
+            keys.append(opened.internal_key)
+    assert keys[0] == keys[1]
+    assert len(keys[0]) >= 32
+    path = tmp_path / "state" / "internal_api_key"
+    assert path.read_text() == keys[0] + "\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    async with open_service(settings_in(tmp_path, state_dir=tmp_path / "other")) as opened:
+        assert opened.internal_key != keys[0]
+
+
+async def test_nothing_logs_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log says where the key is, not what it is."""
+    async with open_service(settings_in(tmp_path)) as opened:
+        key = opened.internal_key
+    logged = "".join(capsys.readouterr())
+    assert str(tmp_path / "state" / "internal_api_key") in logged
+    assert key not in logged
+
+
+async def test_the_key_that_was_given(tmp_path: Path) -> None:
+    """A key from the settings is used and not written down."""
+    async with open_service(settings_in(tmp_path, internal_api_key="k" * 20)) as opened:
+        assert opened.internal_key == "k" * 20
+    assert not (tmp_path / "state" / "internal_api_key").exists()
+
+
+@pytest.mark.parametrize("name", ["internal_api_key", "instance_id"])
+async def test_an_empty_file(tmp_path: Path, name: str) -> None:
+    """An empty key or identity is no key and no identity."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / name).write_text("\n")
+    with pytest.raises(StartRefusedByNode, match=f"{name} is empty"):
+        async with open_service(settings_in(tmp_path)):
+            pass
+
+
+async def test_the_instance_is_kept(tmp_path: Path) -> None:
+    """A node is the same instance in each of its lives, and finds its own workers by that."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings):
+        first = (tmp_path / "state" / "instance_id").read_text()
+    async with open_service(settings):
+        assert (tmp_path / "state" / "instance_id").read_text() == first
+
+
+async def test_fences_grow_from_life_to_life(tmp_path: Path) -> None:
+    """No lease of a later life has a fence of an earlier one."""
+    settings = settings_in(tmp_path)
+    fences = []
+    for _ in range(2):
+        async with open_service(settings) as opened:
+            await run(opened, prompt="x")
+            (session,) = opened.engine.node.sessions.values()
+            fences.append(session.fence)
+    assert fences[0] < fences[1]
+
+
+@pytest.mark.parametrize("runtime", ["docker", "auto"])
+async def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    """Where Docker is wanted, or named, and does not answer, the service says what to do, and does not fall
+    back to processes."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    with pytest.raises(StartRefusedByNode, match=r"does not answer .* RUNTIME=process"):
+        async with open_service(settings_in(tmp_path, runtime=runtime)):
+            pass
+    async with open_service(settings_in(tmp_path)):
+        pass
+
+
+async def test_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has neither an engine nor a GPU, `auto` is processes."""
+    monkeypatch.setattr(service, "_docker_belongs_here", lambda: False)
+    async with open_service(settings_in(tmp_path, runtime="auto")) as opened:
+        assert opened.runtime.name == "process"
+
+
+async def test_presets_with_a_mistake(tmp_path: Path) -> None:
+    """A presets file with a mistake stops the start, with its line; the lock is let go of."""
+    settings = settings_in(tmp_path)
+    settings.model_presets_file.write_text("models:\n  m:\n    p: {}\n")
+    with pytest.raises(presets.PresetsError, match="presets.yaml:3: models.m.p.docker_image"):
+        async with open_service(settings):
+            pass
+    settings.model_presets_file.write_text(PRESETS)
+    async with open_service(settings):
+        pass
+
+
+async def test_no_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices that cannot be listed stop the start."""
+
+    async def choose(**_: Any) -> SlotInventory:
+        raise InventoryError("NVML fails")
+
+    monkeypatch.setattr(service, "choose_inventory", choose)
+    with pytest.raises(InventoryError):
+        async with open_service(settings_in(tmp_path)):
+            pass
+
+
+async def test_an_image_that_is_not_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A preset whose image is not allowed is told at the start and does not stop it."""
+    async with open_service(settings_in(tmp_path)):
+        pass
+    logged = [line for line in "".join(capsys.readouterr()).splitlines() if "image_not_allowed" in line]
+    assert len(logged) == 1
+    assert "elsewhere/image" in logged[0]
+
+
+async def test_a_state_dir_that_is_a_file(tmp_path: Path) -> None:
+    """A STATE_DIR that cannot be used is refused by its name."""
+    (tmp_path / "state").write_text("")
+    with pytest.raises(StartRefusedByNode, match="STATE_DIR .* cannot be used"):
+        async with open_service(settings_in(tmp_path)):
+            pass
+
+
+async def test_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What weakens the isolation is told: processes, a service that is not root, folders on a disk."""
+    async with open_service(settings_in(tmp_path)) as opened:
+        assert any("no isolation" in warning for warning in opened.warnings)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(service, "_on_tmpfs", lambda path: False)
+    assert [warning.split(":")[0] for warning in service._warnings(settings_in(tmp_path))] == [
+        "the service is not root",
+        f"RUN_DIR {tmp_path / 'run'} is not on a tmpfs",
+    ]
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(service, "_on_tmpfs", lambda path: True)
+    assert service._warnings(settings_in(tmp_path)) == ()
+
+
+MOUNTS = """\
+overlay / overlay rw 0 0
+tmpfs /run tmpfs rw 0 0
+ext4 /run/disk ext4 rw 0 0
+tmpfs /runner tmpfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("/run/gpu-server", True), ("/run", True), ("/run/disk/x", False), ("/runners", False), ("/x", False)],
+)
+def test_tmpfs(path: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The innermost mount decides whether a folder is on a tmpfs."""
+    monkeypatch.setattr(Path, "read_text", lambda self: MOUNTS)
+    monkeypatch.setattr(Path, "resolve", lambda self: self)
+    assert service._on_tmpfs(Path(path)) is expected
+
+
+def test_ids() -> None:
+    """Ids are unique and tell their kind."""
+    ids = {new_id("t") for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(len(found) == 28 and found.startswith("t_") for found in ids)
