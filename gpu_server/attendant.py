@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -18,6 +19,7 @@ import structlog
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.sessions import CloseReason, TaskState
+from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.drivers.run_folder import ConnectPath, RunFolders
 from gpu_server.drivers.worker_link import LinkBroken, TaskRefused, WorkerLink
 from gpu_server.exec_output import ExecOutput
@@ -37,8 +39,11 @@ from gpu_server.ports import (
 from gpu_server.stream import Stream
 
 LOG_TAIL_BYTES = 64 * 1024
-HEALTH_POLL_SECONDS = 0.01
+FIRST_POLL_SECONDS = 0.01
 LOADING_POLL_SECONDS = 0.1
+CANCEL_RETRY_SECONDS = 0.1
+MODEL_LOOKUP_SECONDS = 30.0
+EXEC_PIECE_BYTES = 4096
 EXIT_NEWS_SECONDS = 2.0
 REATTACH_TRIES = 3
 
@@ -55,15 +60,16 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How to start one worker; `spec` is asked for when the run folder exists."""
+    """How to start one worker. `find_model` may block for long, on a network file system: it gets a thread.
+    `spec` is asked for when the run folder exists."""
 
     session_id: str
     image: str
     contract: Contract
     uid: int
     task_input: bytes | None
-    find_model: Callable[[], None]
-    spec: Callable[[RunFolder], WorkerSpec]
+    find_model: Callable[[], Path | None]
+    spec: Callable[[RunFolder, Path | None], WorkerSpec]
 
 
 class Attendant:
@@ -84,6 +90,7 @@ class Attendant:
         self._output: asyncio.Task[None] | None = None
         self._relays: dict[str, asyncio.Task[None]] = {}
         self._tail = bytearray()
+        self._started = False
         self._ready = False
         self._closing = False
 
@@ -115,6 +122,9 @@ class Attendant:
             return
         try:
             self._folders.check(self._spec.folder)
+        except OSError as error:
+            # Ours, such as too few descriptors: the worker is not to blame, and the next round looks again.
+            self._log.warning("run_folder.unreadable", reason=str(error))
         except RunFolderFault as fault:
             self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.RUN_FOLDER_FAULT, str(fault))
 
@@ -131,10 +141,7 @@ class Attendant:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._link is not None:
-            await self._link.close()
-        if self._socket is not None:
-            self._socket.close()
+        await self._unpin()
         if self._worker is not None:
             self._worker.output.close()
 
@@ -157,21 +164,28 @@ class Attendant:
     async def _bring_up_or_raise(self) -> None:
         plan, session_id = self.plan, self.plan.session_id
         self._stage("model")
-        plan.find_model()
+        try:
+            model = await call_in_thread(plan.find_model, limit=MODEL_LOOKUP_SECONDS, name="find-model")
+        except TimeoutError:
+            message = f"the model store did not answer within {MODEL_LOOKUP_SECONDS:g} s"
+            raise StartRefused(FailureCode.MODEL_MISSING, message) from None
         self._stage("image")
         await self._runtime.require_image(plan.image)
         self._stage("container")
-        self._worker, spec = await self._create()
+        self._worker, spec = await self._create(model)
+        if self._closing:
+            return  # `close` has waited for the container, so that the wash finds it: nothing starts it now
         self._host.report(ev.WorkerCreated(session_id=session_id, container_id=self._worker.container_id))
         if plan.contract is Contract.HTTP:
             self._output = self._spawn("output", self._keep_tail(self._worker))
             await self._runtime.start(spec.name)
+            self._started = True
             self._stage("loading")
             await self._until_ready(spec)
         self._ready = True
         self._host.report(ev.WorkerReady(session_id=session_id))
 
-    async def _create(self) -> tuple[CreatedWorker, WorkerSpec]:
+    async def _create(self, model: Path | None) -> tuple[CreatedWorker, WorkerSpec]:
         """Make run folder and container in a task of its own, which `close` waits for, never cancels."""
         made: asyncio.Future[tuple[CreatedWorker, WorkerSpec]] = asyncio.get_running_loop().create_future()
         plan = self.plan
@@ -181,7 +195,7 @@ class Attendant:
                 folder = await asyncio.to_thread(
                     self._folders.create, plan.session_id, plan.uid, plan.task_input
                 )
-                self._spec = plan.spec(folder)
+                self._spec = plan.spec(folder, model)
                 self._worker = await self._runtime.create(self._spec)
                 made.set_result((self._worker, self._spec))
             except Exception as error:  # noqa: BLE001  # the start, which waits for this, tells what it was
@@ -194,11 +208,13 @@ class Attendant:
     async def _until_ready(self, spec: WorkerSpec) -> None:
         """Wait for the socket, then for `ready`. The start deadline is the core's; an exit ends this task."""
         told: tuple[str, float] | None = None
+        pause = FIRST_POLL_SECONDS
         while True:
             try:
-                health = await self._connect(spec).health()
+                health = await (await self._connect(spec)).health()
             except LinkBroken:
-                await asyncio.sleep(HEALTH_POLL_SECONDS)
+                await asyncio.sleep(pause)
+                pause = min(1.1 * pause, LOADING_POLL_SECONDS)
                 continue
             if health.status == "ready":
                 return
@@ -210,19 +226,29 @@ class Attendant:
                 self._stage("loading", health.done, health.total)
             await asyncio.sleep(LOADING_POLL_SECONDS)
 
-    def _connect(self, spec: WorkerSpec) -> WorkerLink:
+    async def _connect(self, spec: WorkerSpec) -> WorkerLink:
         """The link to the worker's socket. Raises `LinkBroken` while nobody listens there."""
         if self._socket is None:
             self._socket = self._folders.connect_path(spec.folder)
             if self._socket is None:
                 raise LinkBroken("the worker has no socket yet")
         if self._link is None:
-            uid = spec.uid if self._runtime.name == "docker" and os.geteuid() == 0 else os.geteuid()
+            uid = spec.uid if self._runtime.name == "docker" else os.geteuid()
             link = WorkerLink(self._socket.path, session_id=spec.session_id, uid=uid)
             self._link = link
-        if not self._ready:
+        try:
             self._link.check_listener()
+        except LinkBroken:
+            await self._unpin()  # it may have made its socket anew: look again next time
+            raise
         return self._link
+
+    async def _unpin(self) -> None:
+        if self._link is not None:
+            await self._link.close()
+        if self._socket is not None:
+            self._socket.close()
+        self._link = self._socket = None
 
     def _stage(self, stage: str, done: float = 0, total: float | None = None) -> None:
         self._host.report(
@@ -239,12 +265,12 @@ class Attendant:
         while reader.end is None:
             seen = reader.seq
             try:
-                if tries == 0:
-                    await self._link.run(task_id, body, reader)
+                if reader.seq == 0:
+                    await self._link.run(task_id, body, reader)  # again, too: a known id runs once
                 else:
                     await self._link.attach(task_id, reader)
             except TaskRefused as refused:
-                if tries == 0:
+                if reader.seq == 0:
                     self._ended(
                         task_id,
                         TaskState.FAILED,
@@ -278,15 +304,20 @@ class Attendant:
         output = ExecOutput(stream)
         try:
             await self._runtime.start(self._worker.name)
+            self._started = True
         except StartRefused as refused:
             self._lost(CloseReason.START_FAILED, refused.code, refused.message)
             return
         except RuntimeUnreachable as error:
             self._lost(CloseReason.START_FAILED, FailureCode.RUNTIME_UNREACHABLE, str(error))
             return
-        async for piece in self._worker.output:
-            self._remember(piece)
-            output.feed(piece)
+        reading = self._spawn("exec output", self._read_exec(self._worker, output))
+        either: list[asyncio.Future[Any]] = [reading, self._exited]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        # Something that the program left behind may hold its output open: that is not waited for.
+        await asyncio.wait([reading], timeout=EXIT_NEWS_SECONDS if self._exited.done() else None)
+        self._worker.output.close()
+        await asyncio.wait([reading])
         output.close()
         exit_ = await asyncio.shield(self._exited)
         if exit_.exit_code == 0:
@@ -295,14 +326,25 @@ class Attendant:
             failure = Failure(code=FailureCode.WORKER_EXITED, message=self._exit_message(exit_))
             self._ended(task_id, TaskState.FAILED, failure)
 
+    async def _read_exec(self, worker: CreatedWorker, output: ExecOutput) -> None:
+        """In small pieces: 4 KiB may be as many events, and others want the event loop too."""
+        async for piece in worker.output:
+            self._remember(piece)
+            for start in range(0, len(piece.data), EXEC_PIECE_BYTES):
+                output.feed(Output(piece.stream, piece.data[start : start + EXEC_PIECE_BYTES]))
+                await asyncio.sleep(0)
+
     async def _cancel(self, task_id: str) -> None:
-        if self._link is None:
-            return
-        try:
-            await self._link.cancel(task_id)
-        except LinkBroken as broken:
-            # Nothing more to do here: the core's cancel deadline ends the session if the task goes on.
-            self._log.warning("task.cancel_not_delivered", task_id=task_id, reason=str(broken))
+        """Ask until the worker has heard it, or the task is over: a request may overtake the task itself on
+        its way. The core's cancel deadline ends the session if nothing helps."""
+        while task_id in self._relays and self._link is not None:
+            try:
+                await self._link.cancel(task_id)
+            except (LinkBroken, TaskRefused) as problem:
+                self._log.debug("task.cancel_not_delivered", task_id=task_id, reason=str(problem))
+                await asyncio.sleep(CANCEL_RETRY_SECONDS)
+            else:
+                return
 
     def _ended(self, task_id: str, state: TaskState, failure: Failure | None) -> None:
         self._host.report(
@@ -353,8 +395,7 @@ class Attendant:
     @property
     def is_started(self) -> bool:
         """Whether the container runs, or should: it was started, and nobody has told of its end."""
-        started = self._ready or (self._start is not None and self._link is not None)
-        return started and self.plan.contract is Contract.HTTP and not self._exited.done()
+        return self._started and not self._exited.done()
 
     @property
     def log_tail(self) -> str:
@@ -363,6 +404,7 @@ class Attendant:
     async def _keep_tail(self, worker: CreatedWorker) -> None:
         async for piece in worker.output:
             self._remember(piece)
+            await asyncio.sleep(0)
 
     def _remember(self, piece: Output) -> None:
         self._tail += piece.data
@@ -380,4 +422,7 @@ class Attendant:
         task = self._host.spawn(f"{self.plan.session_id}: {what}", self._guard(what, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(
+            lambda _: work.close()
+        )  # it has not begun where the task was cancelled at once
         return task

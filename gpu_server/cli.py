@@ -26,6 +26,8 @@ sessions_app = typer.Typer(no_args_is_help=True, help="Look at and end sessions.
 presets_app = typer.Typer(no_args_is_help=True, help="The presets file.")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(presets_app, name="presets")
+slots_app = typer.Typer(no_args_is_help=True, help="Look at slots, and wash quarantined ones (operator).")
+app.add_typer(slots_app, name="slots")
 
 out = Console(highlight=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -172,9 +174,7 @@ def sessions_list(
     )
     for session in answer["sessions"]:
         queue, expiry = session["queue"], session["expiry"]
-        ends = (
-            f"{expiry['effective']} ({expiry['reason']})" if expiry["effective"] else session["close_reason"]
-        )
+        ends = session["close_reason"] or f"{expiry['effective']} ({expiry['reason']})"
         table.add_row(
             session["session_id"],
             session["model_id"],
@@ -211,6 +211,24 @@ def sessions_keepalive(
     _print_session(
         _run(url, api_key, tenant, lambda c: c.call("POST", f"/api/sessions/{session_id}/keepalive"))
     )
+
+
+@slots_app.command("list")
+def slots_list(url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """List this node's slots."""
+    health = _run(url, api_key, None, lambda client: client.call("GET", "/health"))
+    table = Table("slot", "uuid", "name", "tiers", "state", "fault", box=None)
+    for slot in health["gpus"]:
+        row = (slot["id"], slot["uuid"], slot["name"], ",".join(slot["tiers"]), slot["state"], slot["fault"])
+        table.add_row(*(value or "" for value in row))
+    out.print(table)
+
+
+@slots_app.command("wash")
+def slots_wash(slot_id: str, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Wash a quarantined slot again; it is free if the wash passes."""
+    slot = _run(url, api_key, None, lambda client: client.call("POST", f"/api/slots/{slot_id}/wash"))
+    out.print(f"slot {slot['id']}: {slot['state']}")
 
 
 @presets_app.command("check")

@@ -10,7 +10,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -19,6 +20,7 @@ from gpu_server.attendant import Attendant, Plan
 from gpu_server.carwash import CarWash, worker_name
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
+from gpu_server.core.admission import RETRY_AFTER_SECONDS
 from gpu_server.core.errors import CertificateRejected, FailureCode, Refusal, RefusalCode
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import TaskType
@@ -39,6 +41,7 @@ from gpu_server.presets import Preset
 from gpu_server.stream import Streams
 
 UNNUMBERED = frozenset({"queue", "progress"})
+MAX_QUEUED_BYTES = 256 << 20
 
 log = structlog.get_logger()
 
@@ -90,6 +93,7 @@ class Engine:
         self._uid_base, self._on_broken = worker_uid_base, on_broken
         self._presets: dict[str, Preset] = {}
         self._bodies: dict[str, bytes] = {}
+        self._queued_bytes = 0
         self._washes: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -115,6 +119,9 @@ class Engine:
         task = self._group.create_task(self._guard(name, work), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(
+            lambda _: work.close()
+        )  # it has not begun where the task was cancelled at once
         return task
 
     async def _guard(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -158,8 +165,12 @@ class Engine:
     def submit(self, submission: Submission) -> None:
         """Admit a task: afterwards its stream is in `streams`. Raises `Refusal`, and then nothing is kept."""
         task_id, session_id = submission.task_id, submission.new_session_id
+        if self._queued_bytes + len(submission.body) > MAX_QUEUED_BYTES:
+            message = f"the inputs of queued tasks together would pass {MAX_QUEUED_BYTES} bytes"
+            raise Refusal(RefusalCode.TOO_MUCH_QUEUED, message, retry_after=RETRY_AFTER_SECONDS)
         self.streams.open(task_id)
         self._bodies[task_id] = submission.body
+        self._queued_bytes += len(submission.body)
         if submission.session_id is None:
             self._presets[session_id] = submission.preset
         try:
@@ -177,7 +188,7 @@ class Engine:
             )
         except BaseException:
             self.streams.forget(task_id)
-            self._bodies.pop(task_id, None)
+            self._take_body(task_id)
             self._presets.pop(session_id, None)
             raise
         log.info("task.accepted", task_id=task_id, session_id=self.node.tasks[task_id].session_id)
@@ -204,11 +215,12 @@ class Engine:
             raise
         log.info("session.accepted", session_id=session_id)
 
-    async def shut_down(self, patience: float) -> None:
-        """End every session and wait until the washes are through, `patience` seconds at most."""
+    async def shut_down(self, patience: float) -> bool:
+        """End every session and wait for the washes, `patience` seconds at most; whether nothing is left."""
         self.report(ev.ShutdownOrdered())
         if self._washes:
             await asyncio.wait(list(self._washes.values()), timeout=patience)
+        return self.broken is None and not self._washes and not any(self.node.live_sessions())
 
     # -- effects --------------------------------------------------------------------------------------------
 
@@ -221,7 +233,7 @@ class Engine:
             case fx.SendTask(session_id=session_id, task_id=task_id):
                 stream = self.streams.get(task_id)
                 assert stream is not None, f"{task_id} has no stream"
-                self.attendants[session_id].send(task_id, self._bodies.pop(task_id), stream)
+                self.attendants[session_id].send(task_id, self._take_body(task_id), stream)
             case fx.CancelTask(session_id=session_id, task_id=task_id):
                 self.attendants[session_id].cancel(task_id)
             case fx.WashSlots():
@@ -243,9 +255,15 @@ class Engine:
             return
         stream.publish(effect.event, effect.data)
         if effect.event == "task_finish":
-            self._bodies.pop(effect.task_id, None)
+            self._take_body(effect.task_id)
             self.streams.finished(effect.task_id)
             log.info("task.finished", task_id=effect.task_id, status=effect.data["status"])
+
+    def _take_body(self, task_id: str) -> bytes:
+        """A task's input, which nobody needs here any more; empty when it was taken before."""
+        body = self._bodies.pop(task_id, b"")
+        self._queued_bytes -= len(body)
+        return body
 
     def _start_worker(self, effect: fx.StartWorker) -> None:
         session = self.node.sessions[effect.session_id]
@@ -256,17 +274,20 @@ class Engine:
         uid = self._uid_base + number if os.geteuid() == 0 else os.geteuid()
         exec_task = session.queue[0] if preset.worker_contract is Contract.EXEC else None
 
-        def find_model() -> None:
+        def find_model() -> Path | None:
+            if preset.model == "none":
+                return None
             try:
-                found = preset.model == "none" or self._models.find(workload.model_id) is not None
+                found = self._models.find(workload.model_id)
             except ValueError:  # an id that cannot be a folder's name, such as name:tag
-                found = False
-            if not found:
+                found = None
+            if found is None:
                 raise StartRefused(
                     FailureCode.MODEL_MISSING, f"model {workload.model_id} is not in the model store"
                 )
+            return found
 
-        def spec(folder: RunFolder) -> WorkerSpec:
+        def spec(folder: RunFolder, model_path: Path | None) -> WorkerSpec:
             return WorkerSpec(
                 name=worker_name(session.id, effect.fence),
                 session_id=session.id,
@@ -284,7 +305,7 @@ class Engine:
                 },
                 gpu_uuids=tuple(slot.uuid for slot in slots if slot.is_gpu),
                 uid=uid,
-                model_path=self._models.find(workload.model_id) if preset.model == "folder" else None,
+                model_path=model_path,
                 folder=folder,
                 limits=preset.limits,
             )
@@ -314,13 +335,19 @@ class Engine:
                     session_id=order.session_id, slot_ids=order.slot_ids, fence=order.fence, reason=reason
                 )
             )
+        finally:
+            # What could not be removed belongs to nobody from here on: the reaper tries again.
+            self.attendants.pop(order.session_id or "", None)
 
     async def _run_wash(self, order: fx.WashSlots) -> None:
+        tail = ""
         if order.session_id is not None:
             await self.attendants[order.session_id].close()
+            tail = self.attendants[order.session_id].log_tail
         async for outcome in self.wash.run(order, [self.node.slots[s].spec for s in order.slot_ids]):
-            if isinstance(outcome, ev.ContainerGone | ev.WashFailed) and order.session_id is not None:
-                self.attendants.pop(order.session_id, None)
+            if isinstance(outcome, ev.ContainerGone):
+                self.attendants.pop(outcome.session_id, None)
+                outcome = replace(outcome, log_tail=tail)
             if isinstance(outcome, ev.WashFailed):
                 log.error("slot.quarantined", slots=outcome.slot_ids, reason=outcome.reason)
             self.report(outcome)

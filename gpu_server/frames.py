@@ -16,6 +16,7 @@ from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.sessions import TaskState
 
 MAX_FRAME_BYTES = 1 << 20
+MAX_END_BYTES = 16 * 1024
 
 _FRAME = re.compile(rb"(?:id: ([1-9][0-9]{0,14})\n)?(event: ([a-z_]{1,32})\ndata: (\{[^\r\n]*\})\n\n)")
 
@@ -137,6 +138,8 @@ class FrameReader:
                     raise ProtocolFault(f"event id {int(number)} came after {seq}")
                 seq += 1
                 if name == b"end":
+                    if len(raw) > MAX_END_BYTES:
+                        raise ProtocolFault(f"the data of `end` is longer than {MAX_END_BYTES} bytes")
                     self.end = _end_of(data)
                 else:
                     bodies.append(body)

@@ -188,10 +188,12 @@ class ContainerRuntime(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotReading:
-    """What the device says now. `fault` is a negative finding (lost, uncorrected ECC errors), or None."""
+    """What the device says now. `fault` is a negative finding (uncorrected ECC errors, ...), `doubt` says why
+    the device could not be read."""
 
     memory_used_mb: int
-    fault: str | None
+    fault: str | None = None
+    doubt: str | None = None
 
 
 class SlotInventory(Protocol):
@@ -201,7 +203,7 @@ class SlotInventory(Protocol):
         """The slots to serve, limited and tiered by the settings. Raises `InventoryError`."""
 
     async def readings(self) -> Mapping[str, SlotReading]:
-        """Slot id -> reading. A device that cannot be read has a `fault`."""
+        """Slot id -> reading. A device that cannot be read has a `doubt`."""
 
 
 class InventoryError(Exception):

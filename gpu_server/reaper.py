@@ -75,13 +75,15 @@ class Reaper:
             return
         for slot in engine.node.slots:
             reading = readings.get(slot.spec.id)
-            fault = reading.fault if reading is not None else "the device is not listed any more"
+            fault = reading.fault if reading is not None else None
+            doubt = reading.doubt if reading is not None else "the device is not listed any more"
             holder = next((who for name, who in holders.items() if slot.spec.is_meant_by(name)), None)
             if fault is None and holder is not None:
                 fault = f"in use by a container that is not ours: {holder}"
-            if fault != slot.fault and slot.state is not SlotState.QUARANTINED:
-                log.warning("slot.checked", slot=slot.spec.id, fault=fault)
-                engine.report(ev.SlotChecked(slot_id=slot.spec.id, fault=fault))
+            changed = doubt != slot.doubt or (doubt is None and fault != slot.fault)
+            if changed and slot.state is not SlotState.QUARANTINED:
+                log.warning("slot.checked", slot=slot.spec.id, fault=fault, doubt=doubt)
+                engine.report(ev.SlotChecked(slot_id=slot.spec.id, fault=fault, doubt=doubt))
 
     async def reconcile(self) -> None:
         """Hold the containers against the sessions: end what vanished, remove what nobody owns."""

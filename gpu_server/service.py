@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -86,7 +86,7 @@ async def open_service(
                 max_bytes_each=settings.stream_history_bytes, max_bytes_total=settings.stream_total_bytes
             ),
             runtime=runtime,
-            folders=RunFolders(settings.run_dir),
+            folders=RunFolders(settings.run_dir / instance),
             models=models,
             clock=clock,
             wash_give_up=settings.wash_give_up_seconds,
@@ -103,6 +103,8 @@ async def open_service(
             internal_key=settings.internal_api_key or _own_key(settings.state_dir),
             warnings=(*runtime.warnings, *_warnings(settings)),
         )
+        _own_run_dir(settings.run_dir)
+        _enter_runtime(settings.state_dir, runtime.name)
         async with engine.running():
             _start_work(engine, inventory, settings)
             engine.report(ev.NodeStarted(slots=slots))
@@ -112,7 +114,10 @@ async def open_service(
             try:
                 yield service
             finally:
-                await engine.shut_down(settings.stop_grace_seconds + SHUTDOWN_EXTRA_SECONDS)
+                if await engine.shut_down(settings.stop_grace_seconds + SHUTDOWN_EXTRA_SECONDS):
+                    (settings.state_dir / "runtime").unlink(missing_ok=True)
+                    with suppress(OSError):  # there is none, or it is not empty
+                        (settings.run_dir / instance).rmdir()
         log.info("service.stopped")
     finally:
         lock.close()
@@ -132,7 +137,7 @@ def _start_work(engine: Engine, inventory: SlotInventory, settings: Settings) ->
 async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
     """Docker, or processes where there is certainly neither an engine nor a GPU. Fails closed."""
     if settings.runtime == "process" or (settings.runtime == "auto" and not _docker_belongs_here()):
-        return ProcessRuntime(instance, settings.run_dir, _working_dir(settings))
+        return ProcessRuntime(instance, settings.run_dir / instance, _working_dir(settings))
     runtime = DockerRuntime(instance, docker_host=os.environ.get("DOCKER_HOST") or None)
     try:
         await runtime.ping()
@@ -143,6 +148,31 @@ async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime
             " as plain processes, which isolates nothing."
         ) from error
     return runtime
+
+
+def _own_run_dir(run_dir: Path) -> None:
+    """RUN_DIR belongs to this user alone to write: whoever else could, could swap a session's socket."""
+    try:
+        run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        status = run_dir.stat()
+    except OSError as error:
+        raise StartRefusedByNode(f"RUN_DIR {run_dir} cannot be used: {error}") from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise StartRefusedByNode(
+            f"RUN_DIR {run_dir} must belong to the service, and nobody else may write there"
+        )
+
+
+def _enter_runtime(state_dir: Path, name: str) -> None:
+    """Note which runtime has workers from here on. Only that one can see, and remove, what a crash leaves."""
+    note = state_dir / "runtime"
+    before = note.read_text().strip() if note.exists() else name
+    if before != name:
+        raise StartRefusedByNode(
+            f"this service last ran with RUNTIME={before} and was not stopped in order, so it may have left"
+            f" workers that RUNTIME={name} cannot see. Start it once with RUNTIME={before}."
+        )
+    note.write_text(name + "\n")
 
 
 def _docker_belongs_here() -> bool:

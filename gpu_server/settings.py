@@ -56,7 +56,10 @@ class Settings(BaseSettings):
     http_host: str = "127.0.0.1"
     http_port: Annotated[int, Field(ge=0, le=65535)] = 8001
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    internal_api_key: Annotated[str | None, Field(min_length=16)] = None
+    http_max_connections: Annotated[int, Field(ge=1)] = 4096
+    internal_api_key: Annotated[
+        str | None, Field(min_length=16), BeforeValidator(lambda key: key or None)
+    ] = None
 
     runtime: Literal["auto", "docker", "process"] = "auto"
     state_dir: AbsolutePath = Field(default_factory=_default_state_dir)

@@ -1,4 +1,4 @@
-"""`/health`: whether this node serves, and each slot. Open to all; holders only to their own tenant."""
+"""`/health`: whether this node serves, and each slot. Open to all; details for those with a key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from gpu_server.core.slots import Slot, SlotState
 from gpu_server.service import Service
 
 router = APIRouter(tags=["health"])
+
+_HIDDEN = "ask with an API key"
 
 
 class HolderView(BaseModel):
@@ -60,7 +62,7 @@ def _report(service: Service, tenant: str | None) -> Health:
     engine, node = service.engine, service.engine.node
     live = list(node.live_sessions())
     slots = list(node.slots)
-    usable = [s for s in slots if s.state is not SlotState.QUARANTINED and s.fault is None]
+    usable = [s for s in slots if s.state is not SlotState.QUARANTINED and not (s.fault or s.doubt)]
     washed = [s for s in usable if s.state is not SlotState.WASHING or s.fence]
     if engine.broken is not None:
         status = "failed"
@@ -78,15 +80,16 @@ def _report(service: Service, tenant: str | None) -> Health:
         enclave_healthy=None,
         gpu_healthy=bool(slots) and len(usable) == len(slots),
         models_loaded=len(loaded),
-        gpus=[_slot_view(service, slot, tenant) for slot in slots],
+        gpus=[slot_view(service, slot, tenant=tenant, in_full=tenant is not None) for slot in slots],
         active_sessions=len(live) - len(node.line),
         active_tasks=sum(len(s.busy) + len(s.queue) for s in live),
         waiting_sessions=len(node.line),
-        warnings=list(service.warnings),
+        warnings=list(service.warnings) if tenant is not None else [_HIDDEN] * bool(service.warnings),
     )
 
 
-def _slot_view(service: Service, slot: Slot, tenant: str | None) -> SlotView:
+def slot_view(service: Service, slot: Slot, *, tenant: str | None, in_full: bool) -> SlotView:
+    """One slot: who holds it, for the holder's own tenant; what is wrong with it, `in_full` or not."""
     spec, reading = slot.spec, service.engine.readings.get(slot.spec.id)
     session = service.engine.node.sessions.get(slot.holder or "")
     mine = session is not None and tenant is not None and session.tenant == tenant
@@ -97,7 +100,7 @@ def _slot_view(service: Service, slot: Slot, tenant: str | None) -> SlotView:
         kind="gpu" if spec.is_gpu else "cpu",
         tiers=sorted(spec.tiers),
         state=slot.state,
-        fault=slot.fault,
+        fault=(slot.fault or slot.doubt) if in_full else _HIDDEN if slot.fault or slot.doubt else None,
         memory_total_mb=spec.memory_mb,
         memory_used_mb=reading.memory_used_mb if reading else None,
         held_by=HolderView(session_id=session.id, task_ids=[*session.busy, *session.queue])

@@ -32,7 +32,7 @@ class StartBody(BaseModel):
 async def index(service: TheService, tenant: Tenant) -> SessionList:
     """The tenant's sessions, oldest first; ended ones stay for TOMBSTONE_RETENTION_SECONDS."""
     mine = [s for s in service.engine.node.sessions.values() if s.tenant == tenant]
-    return SessionList(sessions=[session_view(service, session) for session in mine])
+    return SessionList(sessions=[session_view(service, session, log_tail=False) for session in mine])
 
 
 @router.post("", status_code=201)

@@ -7,12 +7,12 @@ from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 import orjson
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from gpu_server.api.auth import Tenant, TheService
-from gpu_server.api.bodies import BoundedRoute, check_depth
+from gpu_server.api.bodies import BoundedRoute
 from gpu_server.api.views import TaskView, task_view
 from gpu_server.core import events as ev
 from gpu_server.core.admission import owned_task
@@ -45,9 +45,8 @@ class SubmitBody(BaseModel):
 
 
 @router.post("/submit", response_class=EventSourceResponse, responses=SSE)
-async def submit(body: SubmitBody, service: TheService, tenant: Tenant) -> EventSourceResponse:
+async def submit(body: SubmitBody, service: TheService, tenant: Tenant) -> Response:
     """Submit a task and follow its events. The first is `connection`, the last `task_finish`."""
-    check_depth(body.metadata, service.settings.metadata_max_depth)
     if body.session_id is not None and body.task_type == "oneoff":
         raise Refusal(
             RefusalCode.INVALID_REQUEST, "a oneoff task has a session of its own: leave out session_id"
@@ -82,8 +81,9 @@ async def events(
     service: TheService,
     tenant: Tenant,
     last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,15}$")] = None,
-) -> EventSourceResponse:
-    """A task's events, from the first or from behind `Last-Event-ID`, and then live."""
+) -> Response:
+    """A task's events, from the first or from behind `Last-Event-ID`, and then live. 204 when the client has
+    them all and the task has ended, which tells an `EventSource` to stop."""
     owned_task(service.engine.node, task_id, tenant)
     return _follow(service, task_id, after=int(last_event_id or 0))
 
@@ -106,10 +106,13 @@ def _timeout(service: Service, asked: float | None) -> float:
     return asked
 
 
-def _follow(service: Service, task_id: str, *, after: int) -> EventSourceResponse:
+def _follow(service: Service, task_id: str, *, after: int) -> Response:
     stream = service.engine.streams.get(task_id)
     if stream is None:
         raise Refusal(RefusalCode.TASK_NOT_FOUND, f"no task {task_id}", task_id=task_id)
+    after = min(after, stream.last_id)
+    if stream.finished and after == stream.last_id:
+        return Response(status_code=204)
     return EventSourceResponse(
         _read(service, task_id, stream, after),
         ping=service.settings.sse_ping_seconds,

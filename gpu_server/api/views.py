@@ -73,8 +73,8 @@ class TaskView(BaseModel):
 LOG_TAIL_LINES = 50
 
 
-def session_view(service: Service, session: Session) -> SessionView:
-    """One session, as its tenant sees it."""
+def session_view(service: Service, session: Session, *, log_tail: bool = True) -> SessionView:
+    """One session, as its tenant sees it; lists leave out the log tail."""
     node, at = service.engine.node, _Wall(service)
     expiry, workload = node.expiry(session), session.workload
     return SessionView(
@@ -102,7 +102,7 @@ def session_view(service: Service, session: Session) -> SessionView:
         tasks_done=session.tasks_done,
         close_reason=session.close_reason,
         error=_error(session.failure),
-        log_tail=session.log_tail.splitlines()[-LOG_TAIL_LINES:],
+        log_tail=session.log_tail.splitlines()[-LOG_TAIL_LINES:] if log_tail else [],
     )
 
 

@@ -124,9 +124,10 @@ class TaskEnded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerGone(Event):
-    """The session's container and run folder are verified gone."""
+    """The session's container and run folder are verified gone. `log_tail` is what it wrote last."""
 
     session_id: str
+    log_tail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,10 +147,11 @@ class WashFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotChecked(Event):
-    """What a health check says of a slot: a negative finding, or None."""
+    """What a health check says: a negative finding in `fault`, or in `doubt` why nothing is known."""
 
     slot_id: str
     fault: str | None
+    doubt: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,9 @@ class Node:
         self.tasks: dict[str, Task] = {}
         self.line = WaitLine()
         self.shutting_down = False
+        self._live: dict[str, Session] = {}
+        self._ended_tasks: dict[str, None] = {}
+        self._ended_sessions: dict[str, None] = {}
         self._timers = Timers()
         self._next_fence = first_fence
         self._out: list[fx.Effect] = []
@@ -103,7 +106,7 @@ class Node:
         return self._timers.next()
 
     def live_sessions(self) -> Iterator[Session]:
-        return (session for session in self.sessions.values() if not session.ended)
+        return iter(self._live.values())
 
     def expiry(self, session: Session) -> Expiry:
         """The one statement of when this session will end if nothing happens."""
@@ -247,6 +250,7 @@ class Node:
         self._timers.set(Alarm.START, session.id, now + session.workload.start_timeout)
         for task_id in session.queue:
             self._tell(notices.connection(task_id, "allocated", session))
+        self._tell_positions([session])
         self._out.append(fx.StartWorker(session_id=session.id, fence=session.fence, slot_ids=slot_ids))
 
     def _gpu_wait_over(self, session_id: str, now: float) -> None:
@@ -263,6 +267,8 @@ class Node:
 
     def _wash_failed(self, event: ev.WashFailed, now: float) -> None:
         for slot_id in event.slot_ids:
+            if slot_id not in self.slots:
+                continue
             slot = self.slots[slot_id]
             if slot.fence == event.fence and slot.state is SlotState.WASHING:
                 self.slots.quarantine(slot_id, event.reason)
@@ -273,11 +279,15 @@ class Node:
 
     def _slot_checked(self, event: ev.SlotChecked, now: float) -> None:
         if event.slot_id in self.slots:
-            self.slots.report_fault(event.slot_id, event.fault)
+            self.slots.report_check(event.slot_id, event.fault, event.doubt)
+            self._assign(now)
 
     def _slot_wash_ordered(self, event: ev.SlotWashOrdered, now: float) -> None:
-        if event.slot_id not in self.slots or self.slots[event.slot_id].state is not SlotState.QUARANTINED:
-            raise Refusal(RefusalCode.NOT_FOUND, f"no slot {event.slot_id} is in quarantine")
+        if event.slot_id not in self.slots:
+            raise Refusal(RefusalCode.SLOT_NOT_FOUND, f"this node has no slot {event.slot_id}")
+        if (state := self.slots[event.slot_id].state) is not SlotState.QUARANTINED:
+            message = f"slot {event.slot_id} is {state}; only a quarantined slot is washed by order"
+            raise Refusal(RefusalCode.SLOT_NOT_QUARANTINED, message)
         fence = self._take_fence()
         self.slots.rewash(event.slot_id, fence)
         self._out.append(fx.WashSlots(session_id=None, fence=fence, slot_ids=(event.slot_id,), grace=0.0))
@@ -319,6 +329,7 @@ class Node:
     def _container_gone(self, event: ev.ContainerGone, now: float) -> None:
         session = self._session_in(event.session_id, SessionState.DRAINING)
         if session is not None:
+            session.log_tail = session.log_tail or event.log_tail
             failed = session.close_reason in FAILED_REASONS
             self._close(session, SessionState.FAILED if failed else SessionState.CLOSED, now)
 
@@ -344,7 +355,7 @@ class Node:
         *,
         asked_for: bool = False,
     ) -> Session:
-        session = self.sessions[session_id] = Session(
+        session = self.sessions[session_id] = self._live[session_id] = Session(
             id=session_id,
             tenant=tenant,
             workload=workload,
@@ -424,10 +435,15 @@ class Node:
     def _close(self, session: Session, state: SessionState, now: float) -> None:
         session.move(state, f"{session.close_reason}")
         session.closed_at = now
+        del self._live[session.id]
+        self._ended_sessions[session.id] = None
         self._timers.set(Alarm.FORGET_SESSION, session.id, now + self.rules.tombstone_retention)
+        if len(self._ended_sessions) > self.rules.ended_sessions_max:
+            self._forget_session(next(iter(self._ended_sessions)), now)
 
     def _forget_session(self, session_id: str, now: float) -> None:
-        del self.sessions[session_id]
+        del self.sessions[session_id], self._ended_sessions[session_id]
+        self._timers.cancel(Alarm.FORGET_SESSION, session_id)
         self._out.append(fx.ForgetSession(session_id=session_id))
 
     # -- tasks --------------------------------------------------------------------------------------------
@@ -517,21 +533,26 @@ class Node:
         if task.state is TaskState.QUEUED:
             self.sessions[task.session_id].queue.remove(task.id)
         task.move(state, failure.code if failure else "done")
-        task.finished_at, task.failure, task.usage, task.position = now, failure, usage, None
+        task.finished_at, task.failure, task.position = now, failure, None
         self.sessions[task.session_id].tasks_done += 1
         self._timers.cancel(Alarm.TASK, task.id)
         self._timers.cancel(Alarm.DISCONNECT, task.id)
         self._timers.set(Alarm.FORGET_TASK, task.id, now + self.rules.task_retention)
-        self._tell(*notices.finish(task))
+        self._tell(*notices.finish(task, usage))
+        self._ended_tasks[task.id] = None
+        if len(self._ended_tasks) > self.rules.ended_tasks_max:
+            self._forget_task(next(iter(self._ended_tasks)), now)
 
     def _forget_task(self, task_id: str, now: float) -> None:
-        task = self.tasks[task_id]
-        session = self.sessions.get(task.session_id)
+        session = self.sessions.get(self.tasks[task_id].session_id)
         if session is not None and task_id in session.busy:
+            del self._ended_tasks[task_id]  # to the end: its worker has not let go of it yet
+            self._ended_tasks[task_id] = None
             later = max(self.rules.task_retention, self.rules.cancel_grace)
             self._timers.set(Alarm.FORGET_TASK, task_id, now + later)
             return
-        del self.tasks[task_id]
+        del self.tasks[task_id], self._ended_tasks[task_id]
+        self._timers.cancel(Alarm.FORGET_TASK, task_id)
         self._out.append(fx.ForgetTask(task_id=task_id))
 
     # -- time and the end ---------------------------------------------------------------------------------
@@ -561,14 +582,16 @@ class Node:
         `ahead` is how many sessions of the line stand before the first of `sessions`.
         """
         for place, session in enumerate(sessions, ahead):
-            if session.state is SessionState.PREPARING:
-                continue
-            for index, task_id in enumerate(session.queue):
+            waits = session.state is SessionState.WAITING
+            # Where the session has room, its first tasks are next without a place.
+            before = place if waits else len(session.busy) - session.workload.max_concurrent_tasks
+            for index, task_id in enumerate(session.queue, 1):
                 task = self.tasks[task_id]
-                position = index + 1 + (place if session.state is SessionState.WAITING else 0)
+                position = index + before if index + before > 0 else None
                 if task.position != position:
                     task.position = position
-                    self._tell(notices.queue(task))
+                    if position is not None:
+                        self._tell(notices.queue(task))
 
     def _session_in(self, session_id: str, state: SessionState) -> Session | None:
         """The session, if it is in `state`; news for a session that has moved on is old news."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpu_server.core.effects import Publish
@@ -38,14 +38,14 @@ def worker(task_id: str, status: str, session: Session) -> Publish:
     return Publish(task_id=task_id, event="worker", data=data)
 
 
-def finish(task: Task) -> Iterator[Publish]:
+def finish(task: Task, usage: Mapping[str, Any] | None) -> Iterator[Publish]:
     """`error`, where something went wrong, and then the last event of the task."""
     elapsed = 0.0
     if task.started_at is not None and task.finished_at is not None:
         elapsed = round(task.finished_at - task.started_at, 6)
     data: dict[str, Any] = {"status": str(task.state), "elapsed_seconds": elapsed}
-    if task.usage is not None:
-        data["usage"] = task.usage
+    if usage is not None:
+        data["usage"] = usage
     if task.failure is not None:
         data["error"] = {"code": str(task.failure.code), "message": task.failure.message}
         if task.state in (TaskState.FAILED, TaskState.TIMEOUT):

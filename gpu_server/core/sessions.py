@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from gpu_server.core.errors import Failure, ImpossibleTransition
 from gpu_server.core.slots import Tier
@@ -98,7 +97,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """The limits that the decisions follow. Times in seconds."""
+    """The limits that the decisions follow. Times in seconds.
+
+    The last two bound what is remembered of the past, whatever the retention times say: the oldest go first.
+    """
 
     idle_timeout: float = 300.0
     max_lifetime: float = 3600.0
@@ -111,6 +113,8 @@ class Rules:
     disconnect_grace: float = 30.0
     task_retention: float = 600.0
     tombstone_retention: float = 3600.0
+    ended_tasks_max: int = 10_000
+    ended_sessions_max: int = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +188,6 @@ class Task:
     position: int | None = None
     readers: int = 0
     failure: Failure | None = None
-    usage: Mapping[str, Any] | None = None
     history: list[str] = field(default_factory=list)
 
     @property

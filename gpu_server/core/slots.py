@@ -81,6 +81,7 @@ class Slot:
     holder: str | None = None
     fence: int = 0
     fault: str | None = None
+    doubt: str | None = None
     history: list[str] = field(default_factory=list)
 
 
@@ -129,7 +130,7 @@ class Slots:
             for slot_id in self._free.get(tiers, ()):
                 if len(found) == count:
                     return tuple(found)
-                if slot_id not in reserved:
+                if slot_id not in reserved and self._slots[slot_id].doubt is None:
                     found.append(slot_id)
         return tuple(found)
 
@@ -170,14 +171,16 @@ class Slots:
         slot = self._move(slot_id, SlotState.QUARANTINED, reason)
         slot.fault, slot.holder = reason, None
 
-    def report_fault(self, slot_id: str, reason: str | None) -> None:
-        """Note what a health check found. A free slot is quarantined at once, others after their wash."""
+    def report_check(self, slot_id: str, fault: str | None, doubt: str | None) -> None:
+        """Note what a health check found. A fault quarantines a free slot at once, others after their wash; a
+        doubt (the device did not answer) only keeps the slot from being leased while it lasts."""
         slot = self._slots[slot_id]
-        if slot.state is SlotState.QUARANTINED:
+        slot.doubt = doubt
+        if slot.state is SlotState.QUARANTINED or doubt is not None:
             return
-        slot.fault = reason
-        if reason is not None and slot.state is SlotState.FREE:
-            self.quarantine(slot_id, reason)
+        slot.fault = fault
+        if fault is not None and slot.state is SlotState.FREE:
+            self.quarantine(slot_id, fault)
 
     def rewash(self, slot_id: str, fence: int) -> None:
         """An operator asks for another wash of a quarantined slot. It has a fence of its own: a late

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import structlog
 from docker import APIClient
 from docker.errors import NotFound
 from docker.types.daemon import CancellableStream
@@ -20,6 +21,8 @@ from docker.types.daemon import CancellableStream
 from gpu_server.drivers.docker_api import ENGINE_ERRORS
 from gpu_server.drivers.docker_body import LABEL_INSTANCE, LABEL_SESSION
 from gpu_server.ports import WorkerExit
+
+log = structlog.get_logger()
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
@@ -72,8 +75,8 @@ class ExitListener:
                 self._listen()
             except ENGINE_ERRORS:
                 pass
-            except ValueError:
-                pass  # half an event: the engine died while it wrote; the listing finds what it was
+            except Exception:  # half an event, or an odd one; deaf is what this must never be
+                log.exception("docker.events_failed")
             self._closing.wait(self._pause)
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 

@@ -41,7 +41,7 @@ def given_gpus(inspect: Mapping[str, Any]) -> tuple[str, ...]:
     gpus: dict[str, None] = {}
     for request in host.get("DeviceRequests") or ():
         gpus.update(dict.fromkeys(_requested(request)))
-    if host.get("Runtime") == "nvidia":
+    if str(host.get("Runtime") or "").startswith("nvidia"):
         gpus.update(dict.fromkeys(_visible((inspect.get("Config") or {}).get("Env") or ())))
     for device in host.get("Devices") or ():
         if node := _DEVICE_NODE.fullmatch(str(device.get("PathOnHost", ""))):

@@ -28,6 +28,7 @@ class AttachedOutput:
         sock.setblocking(False)
         self._sock = sock
         self._buffer = b""
+        self._position = 0
         self._left = 0
         self._stderr = False
         self._reading = False
@@ -37,20 +38,23 @@ class AttachedOutput:
 
     async def __anext__(self) -> Output:
         while True:
-            if self._left and self._buffer:
-                data, self._buffer = self._buffer[: self._left], self._buffer[self._left :]
+            there = len(self._buffer) - self._position
+            if self._left and there:
+                data = self._buffer[self._position : self._position + self._left]
+                self._position += len(data)
                 self._left -= len(data)
                 return Output("stderr" if self._stderr else "stdout", data)
-            if not self._left and len(self._buffer) >= _HEADER.size:
-                stream, self._left = _HEADER.unpack_from(self._buffer)
+            if not self._left and there >= _HEADER.size:
+                stream, self._left = _HEADER.unpack_from(self._buffer, self._position)
                 self._stderr = stream == 2
-                self._buffer = self._buffer[_HEADER.size :]
+                self._position += _HEADER.size
                 continue
             chunk = await self._receive()
             if not chunk:
                 self._sock.close()
                 raise StopAsyncIteration
-            self._buffer += chunk
+            self._buffer = self._buffer[self._position :] + chunk
+            self._position = 0
 
     def close(self) -> None:
         """Let go of the connection. A reader that waits sees the end; calling it twice is fine."""

@@ -82,12 +82,12 @@ class NvmlInventory:
         return self._specs
 
     async def readings(self) -> Mapping[str, SlotReading]:
-        """One reading for each slot that was discovered; when NVML hangs, every slot is at fault."""
+        """One reading for each slot that was discovered; when NVML hangs, every slot is in doubt."""
         try:
             return await self._in_thread(lambda: {spec.id: self._reading(spec) for spec in self._specs})
         except TimeoutError:
-            fault = f"NVML did not answer within {self._call_timeout:.0f} s"
-            return {spec.id: SlotReading(memory_used_mb=0, fault=fault) for spec in self._specs}
+            doubt = f"NVML did not answer within {self._call_timeout:.0f} s"
+            return {spec.id: SlotReading(memory_used_mb=0, doubt=doubt) for spec in self._specs}
 
     async def _in_thread(self, do: Callable[[], T]) -> T:
         if self._hung:  # the thread of an earlier call still hangs in the driver: no second one
@@ -135,8 +135,10 @@ class NvmlInventory:
             handle = self._nvml.nvmlDeviceGetHandleByUUID(spec.uuid)
             used = self._nvml.nvmlDeviceGetMemoryInfo(handle).used // _MIB
             return SlotReading(memory_used_mb=used, fault=self._fault(handle))
+        except self._nvml.NVMLError_GpuIsLost as error:
+            return SlotReading(memory_used_mb=0, fault=f"the GPU is lost: {error}")
         except self._nvml.NVMLError as error:
-            return SlotReading(memory_used_mb=0, fault=f"the GPU cannot be read: {error}")
+            return SlotReading(memory_used_mb=0, doubt=f"the GPU cannot be read: {error}")
 
     def _fault(self, handle: object) -> str | None:
         nvml = self._nvml

@@ -70,6 +70,8 @@ class _Watch:
 
     pidfd: int
     folder: Path
+    leader: Leader
+    marker: str
     ended: asyncio.Event
 
 
@@ -183,12 +185,17 @@ class ProcessRuntime:
         found = next(
             (entry for entry in records(self._run_dir, self._instance) if entry[1].name == name), None
         )
-        if found is None:
-            return
-        folder, record = found
         watch = self._watched.get(name)
-        if record.leader is not None and record.boot_id == self._boot_id:
-            await self._end(record.leader, record.marker, watch, grace)
+        if watch is not None:
+            # Of a worker of this life, what is in memory counts: it could have changed its own record.
+            folder = watch.folder
+            await self._end(watch.leader, watch.marker, watch, grace)
+        elif found is None:
+            return
+        else:
+            folder, record = found
+            if record.leader is not None and record.boot_id == self._boot_id:
+                await self._end(record.leader, record.marker, None, grace)
         if (created := self._created.pop(name, None)) is not None:
             created.let_go()
         if (output := self._outputs.pop(name, None)) is not None:
@@ -261,7 +268,7 @@ class ProcessRuntime:
         pidfd = open_pidfd(leader)
         if pidfd is None:
             return False
-        watch = _Watch(pidfd=pidfd, folder=folder, ended=asyncio.Event())
+        watch = _Watch(pidfd=pidfd, folder=folder, leader=leader, marker=record.marker, ended=asyncio.Event())
         self._watched[record.name] = watch
         asyncio.get_running_loop().add_reader(pidfd, self._ended, record, watch)
         return True

@@ -22,6 +22,8 @@ from gpu_server.ports import RunFolder, RunFolderFault
 _SESSION_ID: Final = re.compile(r"[A-Za-z0-9_]+")
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BATCH: Final = 1024
+# Other errors, such as too few descriptors, are ours.
+_WORKERS_FAULT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES})
 _BLOCK: Final = 512  # the unit of st_blocks, whatever the file system's own
 
 
@@ -98,6 +100,8 @@ class RunFolders:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno not in _WORKERS_FAULT:
+                raise
             raise RunFolderFault(f"the worker's socket cannot be opened: {error.strerror}") from error
         finally:
             os.close(share)
@@ -185,6 +189,8 @@ def _open_share(folder: RunFolder) -> int:
     try:
         return os.open(folder.share, _FOLDER)
     except OSError as error:
+        if error.errno not in _WORKERS_FAULT:
+            raise
         raise RunFolderFault(f"the run folder cannot be opened: {error.strerror}") from error
 
 

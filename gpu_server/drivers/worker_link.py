@@ -6,6 +6,8 @@ swaps nothing. Every answer is bounded in size, and everything but a task's stre
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import struct
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import orjson
 from gpu_server.frames import FrameReader, ProtocolFault
 
 MAX_ANSWER_BYTES = 64 * 1024
+LAST_BYTE_SECONDS = 0.05
 _CALL = aiohttp.ClientTimeout(total=5)
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=5)
 
@@ -99,10 +102,12 @@ class WorkerLink:
         await self._stream("GET", f"/tasks/{task_id}/events?after={reader.seq}", reader)
 
     async def cancel(self, task_id: str) -> None:
-        """Ask the worker to stop the task, on a connection of its own. Raises `LinkBroken`."""
+        """Ask the worker to stop the task, on a connection of its own. Raises `LinkBroken`, or `TaskRefused`
+        when it does not know the task."""
         try:
-            async with self._http.delete(f"/tasks/{task_id}", timeout=_CALL):
-                return
+            async with self._http.delete(f"/tasks/{task_id}", timeout=_CALL) as answer:
+                if answer.status >= 400:
+                    raise TaskRefused(f"the worker answered {answer.status} to DELETE")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise LinkBroken(f"cancel was not delivered: {error!r}") from error
 
@@ -113,6 +118,9 @@ class WorkerLink:
                     raise TaskRefused(f"the worker answered {answer.status} to {method}")
                 async for chunk in answer.content.iter_any():
                     reader.feed(chunk)
+                    if reader.end is not None:
+                        await _finish(answer)
+                        return
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise LinkBroken(f"the stream broke: {error!r}") from error
         if reader.end is None:
@@ -135,6 +143,15 @@ class WorkerLink:
             done=done if isinstance(done, int | float) else 0,
             total=total if isinstance(total, int | float) else None,
         )
+
+
+async def _finish(answer: aiohttp.ClientResponse) -> None:
+    """Nothing may come any more. A moment for the response's own end, so that its connection can be used
+    again; the task's end does not wait for a worker that keeps it open."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(LAST_BYTE_SECONDS):
+            if await answer.content.readany():
+                raise ProtocolFault("bytes came after `end`")
 
 
 async def _bounded(answer: aiohttp.ClientResponse) -> bytes:

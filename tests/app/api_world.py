@@ -115,9 +115,7 @@ async def api_world(
     **engine: Any,
 ) -> AsyncIterator[Api]:
     """The application over a world of `engine_world(**engine)`."""
-    tmp_path.mkdir(exist_ok=True)
-    file = tmp_path / "presets.yaml"
-    file.write_text(PRESETS)
+    file = _presets_file(tmp_path)
     config = Settings(_env_file=None, **(settings or {}))
     engine = {"slots": slot_specs(4), "rules": config.rules(), **engine}
     async with unwrapped(), engine_world(tmp_path, **engine) as world:
@@ -136,10 +134,20 @@ async def api_world(
             yield Api(world, service, app, url, http)
 
 
+def _presets_file(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / "presets.yaml"
+    file.write_text(PRESETS)
+    return file
+
+
 @asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[str]:
     """An ASGI application on a free port; its address."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+    # With its protocol named asyncio switches Nagle's algorithm off, as it does where it makes the socket.
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         config = uvicorn.Config(
             app, lifespan="off", log_config=None, timeout_graceful_shutdown=1, server_header=False
         )

@@ -20,6 +20,7 @@ ROUTES = [
     ("GET", "/api/sessions/s_1"),
     ("DELETE", "/api/sessions/s_1"),
     ("POST", "/api/sessions/s_1/keepalive"),
+    ("POST", "/api/slots/0/wash"),
 ]
 
 WRONG = [
@@ -41,7 +42,10 @@ async def test_every_route_needs_a_key(tmp_path: Path) -> None:
     """Without a key, and with a wrong one, every route but the open ones answers 401, whatever the body."""
     async with api_world(tmp_path) as api:
         listed = {
-            (method.upper(), path.replace("{task_id}", "t_1").replace("{session_id}", "s_1"))
+            (
+                method.upper(),
+                path.replace("{task_id}", "t_1").replace("{session_id}", "s_1").replace("{slot_id}", "0"),
+            )
             for path, methods in api.app.openapi()["paths"].items()
             for method in methods
         }

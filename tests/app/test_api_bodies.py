@@ -78,7 +78,7 @@ async def test_endless_body(tmp_path: Path) -> None:
         b'{"task_type": "session", "model_id": "\\ud800"}',
         b'{"task_type": "session", "timeout_seconds": NaN}',
         b"[" * 100_000,
-        b'{"metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}",
+        b'{"metadata": ' + b'{"a":' * 5000,
     ],
     ids=lambda data: repr(data[:24]),
 )
@@ -126,9 +126,26 @@ def depth_of(value: Any) -> int:
 )
 def test_any_depth(value: Any, limit: int) -> None:
     """The check agrees with counting the levels one by one."""
+    body = json.dumps({"metadata": value}).encode()
     if depth_of(value) <= limit:
-        check_depth(value, limit)
+        check_depth(body, limit)
     else:
         with pytest.raises(Refusal) as refused:
-            check_depth(value, limit)
+            check_depth(body, limit)
         assert refused.value.code is RefusalCode.METADATA_TOO_DEEP
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": "' + b'\\"' * 2_000_000,
+        b'"' * 4_000_001,
+        b'{"a": [' + b"{}," * 2_000_000 + b"{}]}",
+        b"[" * 4_000_000,
+        b'{"a": "' + b"[" * 4_000_000 + b'"}',
+    ],
+    ids=["a string without end", "quotes", "many objects", "brackets without end", "brackets in a string"],
+)
+def test_depth_is_found_in_one_pass_a_level(body: bytes) -> None:
+    """However large or malformed a body is, it is not scanned again and again."""
+    check_depth(body, 32)

@@ -26,7 +26,7 @@ async def state(api: Api) -> tuple[int, str, bool]:
 
 
 async def test_ok(tmp_path: Path) -> None:
-    """A node that is free reports every slot and its warnings, open to all."""
+    """A node that is free reports every slot, open to all; its warnings are for those who have a key."""
     async with api_world(tmp_path, slots=slot_specs(2, gpu=True), warnings=("careful",)) as api:
         api.world.engine.readings = {"0": SlotReading(memory_used_mb=5, fault=None)}
         status, report = await health(api)
@@ -43,7 +43,7 @@ async def test_ok(tmp_path: Path) -> None:
                 "active_sessions": 0,
                 "active_tasks": 0,
                 "waiting_sessions": 0,
-                "warnings": ["careful"],
+                "warnings": ["ask with an API key"],
             },
         )
         assert slots[0] == {
@@ -94,7 +94,10 @@ async def test_degraded(tmp_path: Path) -> None:
         assert await state(api) == (200, "degraded", True)
         _, report = await health(api)
         assert report["gpu_healthy"] is False
-        assert (report["gpus"][0]["state"], report["gpus"][0]["fault"]) == ("quarantined", "it smokes")
+        hidden = "ask with an API key"
+        assert (report["gpus"][0]["state"], report["gpus"][0]["fault"]) == ("quarantined", hidden)
+        _, report = await health(api, "anyone")
+        assert report["gpus"][0]["fault"] == "it smokes"
         api.world.engine.report(ev.SlotChecked(slot_id="1", fault="it smokes too"))
         assert await state(api) == (503, "unhealthy", False)
 

@@ -70,7 +70,10 @@ async def test_replay(tmp_path: Path) -> None:
         path = f"/api/tasks/{task_id}/events"
         everything = (await api.ask("GET", path)).events
         assert everything[-1].name == "task_finish"
-        for last in range(len(everything) + 2):
+        for last in range(len(everything), len(everything) + 2):
+            done = await api.ask("GET", path, headers={"Last-Event-ID": str(last)})
+            assert (done.status, done.raw) == (204, b"")
+        for last in range(len(everything)):
             answer = await api.ask("GET", path, headers={"Last-Event-ID": str(last)})
             assert answer.headers["Content-Type"].split(";")[0] == "text/event-stream"
             assert answer.events == everything[last:]

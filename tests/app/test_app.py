@@ -41,6 +41,7 @@ async def test_the_description(tmp_path: Path) -> None:
             ("get", "/api/sessions/{session_id}"),
             ("delete", "/api/sessions/{session_id}"),
             ("post", "/api/sessions/{session_id}/keepalive"),
+            ("post", "/api/slots/{slot_id}/wash"),
             ("get", "/health"),
         }
         schemes = document["components"]["securitySchemes"]

@@ -377,6 +377,7 @@ async def test_a_creation_under_way_is_waited_for(tmp_path: Path, fails: bool) -
         await world.free()
         methods = [method for method, _ in world.runtime.calls]
         assert methods.index("remove") > methods.index("create")
+        assert "start" not in methods
         assert world.machine.containers == {}
         assert world.folders.names() == ()
         assert world.session(session_id).state == "closed"
@@ -466,7 +467,7 @@ async def test_the_log_tail_is_bounded(tmp_path: Path) -> None:
 
 
 async def test_a_cancel_that_is_not_heard(tmp_path: Path) -> None:
-    """A worker that does not answer to a cancel loses its session at the deadline, and nothing else breaks."""
+    """A worker that does not answer to a cancel loses its session at the deadline; nothing else breaks."""
 
     async def deaf(worker: PlayedWorker, call: Call) -> None:
         await call.stream(delta(1))

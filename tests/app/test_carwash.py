@@ -141,7 +141,7 @@ async def test_giving_up(laundry: Laundry, trouble: Callable[[Laundry], Awaitabl
         washing = group.create_task(collect(laundry.run(laundry.order()), events))
         pauses, began = [], laundry.clock.now()
         while not washing.done():
-            (when,) = await next_sleep(laundry.clock, washing)
+            when = await next_sleep(laundry.clock, washing)
             if when is None:
                 break
             pauses.append(when - laundry.clock.now())
@@ -159,12 +159,12 @@ async def test_giving_up(laundry: Laundry, trouble: Callable[[Laundry], Awaitabl
     assert not any(isinstance(event, ev.WashPassed) for event in events)
 
 
-async def next_sleep(clock: FakeClock, washing: asyncio.Task[None]) -> tuple[float | None]:
+async def next_sleep(clock: FakeClock, washing: asyncio.Task[None]) -> float | None:
     """What the wash sleeps to, or None when it is done."""
     async with asyncio.timeout(10):
-        while not clock.slept_to and not washing.done():
+        while not clock.slept_to and not washing.done():  # noqa: ASYNC110 (either of two, and soon)
             await asyncio.sleep(0)
-    return (clock.slept_to[0] if clock.slept_to else None,)
+    return clock.slept_to[0] if clock.slept_to else None
 
 
 async def test_trouble_that_passes(laundry: Laundry) -> None:
@@ -175,11 +175,11 @@ async def test_trouble_that_passes(laundry: Laundry) -> None:
     async with asyncio.TaskGroup() as group:
         washing = group.create_task(collect(laundry.run(laundry.order()), events))
         for _ in range(3):
-            (when,) = await next_sleep(laundry.clock, washing)
+            when = await next_sleep(laundry.clock, washing)
             assert when is not None
             laundry.clock.advance(when - laundry.clock.now())
         laundry.runtime.wrong.clear()
-        (when,) = await next_sleep(laundry.clock, washing)
+        when = await next_sleep(laundry.clock, washing)
         laundry.clock.advance(10)
     assert [type(event) for event in events] == [ev.ContainerGone, ev.WashPassed, ev.WashPassed]
     assert [method for method, _ in laundry.runtime.calls].count("remove") == 1

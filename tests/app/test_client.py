@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ async def test_split_frames(cuts: list[int]) -> None:
     """Frames are read the same in whatever pieces they come, comments and blank lines between them."""
     raw = b": ping\n\n".join(FRAMES) + b": ping\n\n\n\n"
     edges = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
-    chunks = [raw[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [raw[a:b] for a, b in itertools.pairwise(edges)]
     assert [event async for event in read_events(Pieces(chunks))] == EVENTS
 
 

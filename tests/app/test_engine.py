@@ -56,8 +56,8 @@ async def test_a_task_from_start_to_finish(tmp_path: Path) -> None:
         assert world.session(session_id).tasks_done == 2
 
 
-async def test_a_ended_session_leaves_nothing(tmp_path: Path) -> None:
-    """After a session and its retention nothing is kept: no stream, body, preset, attendant, folder, container."""
+async def test_an_ended_session_leaves_nothing(tmp_path: Path) -> None:
+    """After a session and its retention nothing is kept, in memory, on the disk or in the runtime."""
     async with engine_world(tmp_path) as world:
         task_id, session_id = world.submit(oneoff=True)
         await world.events(task_id)
@@ -249,7 +249,7 @@ async def test_a_crash_in_a_creation(tmp_path: Path) -> None:
     """A bug in a driver's start ends that session, not the node."""
     async with engine_world(tmp_path) as world:
         world.runtime.wrong["create"] = TypeError("a bug in the driver")
-        task_id, session_id = world.submit()
+        task_id, _session_id = world.submit()
         finish = (await world.events(task_id))[-1]
         assert finish.data["error"]["code"] == "internal"
         await world.free()

@@ -98,14 +98,38 @@ async def test_a_real_worker(tmp_path: Path) -> None:
 
 
 async def test_leftovers_of_a_former_life(tmp_path: Path) -> None:
-    """Run folders that an earlier life left are gone before anything is leased."""
-    old = tmp_path / "run" / "s_old" / "share"
-    old.mkdir(parents=True)
-    (old / "file").write_text("x")
+    """What an earlier life left is gone before anything is leased; what is not this service's is left alone."""
+    async with open_service(settings_in(tmp_path)):
+        (own,) = (tmp_path / "state" / "instance_id").read_text().split()
+    old, others = tmp_path / "run" / own / "s_old", tmp_path / "run" / "s_others"
+    for folder in (old, others):
+        (folder / "share").mkdir(parents=True)
+        (folder / "share" / "file").write_text("x")
     async with open_service(settings_in(tmp_path)) as opened:
         events = await run(opened, prompt="x")
         assert events[-1].data["status"] == "completed"
-        assert not (tmp_path / "run" / "s_old").exists()
+        assert (old.exists(), others.exists()) == (False, True)
+
+
+async def test_another_runtime_after_a_crash(tmp_path: Path) -> None:
+    """Another runtime cannot see what a crash left behind, so it does not start; after an orderly end it may."""
+    note = tmp_path / "state" / "runtime"
+    async with open_service(settings_in(tmp_path)):
+        assert note.read_text() == "process\n"
+    assert not note.exists()
+    note.write_text("docker\n")
+    with pytest.raises(StartRefusedByNode, match="RUNTIME=docker"):
+        async with open_service(settings_in(tmp_path)):
+            pass
+
+
+async def test_a_run_dir_that_others_may_write(tmp_path: Path) -> None:
+    """Whoever could write there could swap a session's socket."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    with pytest.raises(StartRefusedByNode, match="nobody else may write"):
+        async with open_service(settings_in(tmp_path)):
+            pass
 
 
 async def test_one_service_for_a_state_dir(tmp_path: Path) -> None:
@@ -206,7 +230,7 @@ async def test_presets_with_a_mistake(tmp_path: Path) -> None:
     """A presets file with a mistake stops the start, with its line; the lock is let go of."""
     settings = settings_in(tmp_path)
     settings.model_presets_file.write_text("models:\n  m:\n    p: {}\n")
-    with pytest.raises(presets.PresetsError, match="presets.yaml:3: models.m.p.docker_image"):
+    with pytest.raises(presets.PresetsError, match=r"presets\.yaml:3: models\.m\.p\.docker_image"):
         async with open_service(settings):
             pass
     settings.model_presets_file.write_text(PRESETS)
@@ -238,7 +262,7 @@ async def test_an_image_that_is_not_allowed(tmp_path: Path, capsys: pytest.Captu
 async def test_a_state_dir_that_is_a_file(tmp_path: Path) -> None:
     """A STATE_DIR that cannot be used is refused by its name."""
     (tmp_path / "state").write_text("")
-    with pytest.raises(StartRefusedByNode, match="STATE_DIR .* cannot be used"):
+    with pytest.raises(StartRefusedByNode, match=r"STATE_DIR .* cannot be used"):
         async with open_service(settings_in(tmp_path)):
             pass
 

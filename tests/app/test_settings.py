@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from gpu_server.core.sessions import Rules
 from gpu_server.core.slots import Tier
 from gpu_server.settings import Settings
 
@@ -23,6 +24,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 VALUES: dict[str, tuple[str, Any]] = {
     "http_host": ("0.0.0.0", "0.0.0.0"),
     "http_port": ("0", 0),
+    "http_max_connections": ("7", 7),
     "log_level": ("debug", "debug"),
     "internal_api_key": ("k" * 16, "k" * 16),
     "runtime": ("process", "process"),
@@ -165,6 +167,4 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in enumerate(names, start=11):
         monkeypatch.setenv(name, str(number))
     rules = Settings().rules()
-    assert {name: getattr(rules, name) for name in rules.__slots__} == {
-        name: number for number, name in enumerate(names.values(), start=11)
-    }
+    assert rules == Rules(**{name: number for number, name in enumerate(names.values(), start=11)})

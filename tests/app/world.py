@@ -186,7 +186,7 @@ async def engine_world(
     tmp_path: Path,
     *,
     slots: tuple[SlotSpec, ...] = slot_specs(1),
-    rules: Rules = Rules(),
+    rules: Rules | None = None,
     give_up: float = 300.0,
     washed: bool = True,
     machine: FakeEngine | None = None,
@@ -201,7 +201,7 @@ async def engine_world(
     broke: list[str] = []
     async with unwrapped(), asyncio.TaskGroup() as group:
         engine = Engine(
-            Node(rules),
+            Node(rules or Rules()),
             streams=streams,
             runtime=runtime,
             folders=folders,

@@ -199,8 +199,11 @@ def test_a_node_that_shuts_down_takes_nothing_new() -> None:
         assert (refusal.code, refusal.retry_after) == (RefusalCode.SHUTTING_DOWN, 30)
 
 
-@pytest.mark.parametrize("slot_id", ["g0", "g9"])
-def test_only_a_quarantined_slot_can_be_washed_by_order(slot_id: str) -> None:
+@pytest.mark.parametrize(
+    ("slot_id", "code"),
+    [("g0", RefusalCode.SLOT_NOT_QUARANTINED), ("g9", RefusalCode.SLOT_NOT_FOUND)],
+)
+def test_only_a_quarantined_slot_can_be_washed_by_order(slot_id: str, code: RefusalCode) -> None:
     """An operator cannot wash a slot under somebody's feet, nor one that is not there."""
     story = served()
-    assert refused(story, lambda: story.order_wash(slot_id)).code is RefusalCode.NOT_FOUND
+    assert refused(story, lambda: story.order_wash(slot_id)).code is code

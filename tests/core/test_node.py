@@ -982,3 +982,33 @@ def test_a_worker_lost_in_the_lifetime_grace_does_not_make_the_session_failed() 
     story.gone()
     session = story.session()
     assert (session.state, session.close_reason, session.failure) == ("closed", "max_lifetime", None)
+
+
+def test_what_is_remembered_of_the_past_is_bounded() -> None:
+    """However long retention is, the oldest ended tasks and sessions make room for new ones."""
+    story = Story("g0", ended_tasks_max=2, ended_sessions_max=1)
+    for number in range(4):
+        story.submit(f"t{number}")
+        story.kill(f"s{number}")
+        story.clean_up(f"s{number}")
+    assert (set(story.node.tasks), set(story.node.sessions)) == ({"t2", "t3"}, {"s3"})
+
+
+def test_places_while_a_session_prepares_are_those_of_its_own_queue() -> None:
+    """The first has no place, it is next; those behind it count from one, whatever the line was before."""
+    story = Story("g0", washed=False)
+    story.submit("t1")
+    story.submit("t2", to="s1")
+    assert [story.task(t).position for t in ("t1", "t2")] == [1, 2]
+    story.passes("g0")
+    assert [story.task(t).position for t in ("t1", "t2")] == [None, 1]
+
+
+def test_a_device_in_doubt_is_leased_when_it_answers_again() -> None:
+    """Who waits for it gets it then, without another event."""
+    story = Story("g0")
+    story.tell(ev.SlotChecked(slot_id="g0", fault=None, doubt="no answer"))
+    story.submit("t1")
+    assert story.session().state == "waiting"
+    story.tell(ev.SlotChecked(slot_id="g0", fault=None))
+    assert story.session().state == "preparing"

@@ -69,8 +69,7 @@ def test_queue_progress_and_worker() -> None:
 def test_a_completed_task_finishes_without_an_error() -> None:
     """One event, with the seconds since the task was sent, and what it used where the worker said so."""
     done = task(TaskState.COMPLETED)
-    done.usage = {"tokens": 7}
-    (finish,) = notices.finish(done)
+    (finish,) = notices.finish(done, {"tokens": 7})
     assert finish.event == "task_finish"
     assert finish.data == {"status": "completed", "elapsed_seconds": 2.5, "usage": {"tokens": 7}}
 
@@ -79,7 +78,7 @@ def test_a_completed_task_finishes_without_an_error() -> None:
 def test_a_task_that_went_wrong_says_so_before_it_finishes(state: TaskState) -> None:
     """`error` first, then `task_finish` with the same error."""
     failure = Failure(code=FailureCode.TASK_TIMEOUT, message="too long")
-    error, finish = notices.finish(task(state, failure))
+    error, finish = notices.finish(task(state, failure), None)
     assert (error.event, error.data) == ("error", {"code": "task_timeout", "message": "too long"})
     assert (finish.event, finish.data["status"]) == ("task_finish", state.value)
     assert finish.data["error"] == error.data
@@ -88,12 +87,12 @@ def test_a_task_that_went_wrong_says_so_before_it_finishes(state: TaskState) -> 
 def test_a_cancelled_task_is_no_error() -> None:
     """It got what was asked for; why is in `task_finish`."""
     failure = Failure(code=FailureCode.TASK_CANCELLED, message="cancelled")
-    (finish,) = notices.finish(task(TaskState.CANCELLED, failure))
+    (finish,) = notices.finish(task(TaskState.CANCELLED, failure), None)
     assert finish.data["error"] == {"code": "task_cancelled", "message": "cancelled"}
 
 
 def test_a_task_that_never_ran_took_no_time() -> None:
     """Waiting is not running."""
     failure = Failure(code=FailureCode.SESSION_KILLED, message="killed")
-    (finish,) = notices.finish(task(TaskState.CANCELLED, failure, started_at=None))
+    (finish,) = notices.finish(task(TaskState.CANCELLED, failure, started_at=None), None)
     assert finish.data["elapsed_seconds"] == 0.0

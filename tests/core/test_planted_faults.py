@@ -68,9 +68,9 @@ class TakesAnyDevice(Slots):
 class ForgetsFaults(Slots):
     """Only free slots are quarantined: bad news of a leased one is lost."""
 
-    def report_fault(self, slot_id: str, reason: str | None) -> None:
+    def report_check(self, slot_id: str, fault: str | None, doubt: str | None) -> None:
         if self[slot_id].state is SlotState.FREE:
-            super().report_fault(slot_id, reason)
+            super().report_check(slot_id, fault, doubt)
 
 
 class IgnoresTiers(Slots):

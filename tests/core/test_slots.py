@@ -102,7 +102,7 @@ def test_serving_counts_slots_in_any_state() -> None:
     """What could ever serve a tier does not depend on who holds it now."""
     slots = clean(a=LOW, b=BOTH_TIERS, c=HIGH, d=HIGH)
     slots.lease(["a"], "s1", 1)
-    slots.report_fault("c", "ecc")
+    slots.report_check("c", "ecc", None)
     assert (slots.serving(Tier.LOW), slots.serving(Tier.HIGH)) == (2, 3)
 
 
@@ -147,7 +147,7 @@ def test_a_certificate_without_a_wash_frees_nothing(state: SlotState) -> None:
 def test_a_free_slot_with_a_fault_is_quarantined_at_once() -> None:
     """A bad device is not leased from the moment it is known to be bad."""
     slots = clean(g0=BOTH_TIERS)
-    slots.report_fault("g0", "xid 79")
+    slots.report_check("g0", "xid 79", None)
     assert slots["g0"].state is SlotState.QUARANTINED
     assert slots.choose(1, Tier.LOW) == ()
 
@@ -156,7 +156,7 @@ def test_a_free_slot_with_a_fault_is_quarantined_at_once() -> None:
 def test_a_slot_in_use_with_a_fault_is_quarantined_after_its_wash(state: SlotState) -> None:
     """Bad news waits for the wash, and then a good certificate does not help."""
     slots = slot_in(state)
-    slots.report_fault("g0", "xid 79")
+    slots.report_check("g0", "xid 79", None)
     assert slots["g0"].state is state
     if state is SlotState.LEASED:
         slots.wash(["g0"], "over")
@@ -168,8 +168,8 @@ def test_a_slot_in_use_with_a_fault_is_quarantined_after_its_wash(state: SlotSta
 def test_a_fault_that_went_away_is_forgotten() -> None:
     """A slot that is found healthy before its wash is over comes back."""
     slots = slot_in(SlotState.WASHING)
-    slots.report_fault("g0", "too hot")
-    slots.report_fault("g0", None)
+    slots.report_check("g0", "too hot", None)
+    slots.report_check("g0", None, None)
     slots.free(certificate())
     assert slots["g0"].state is SlotState.FREE
 
@@ -177,7 +177,7 @@ def test_a_fault_that_went_away_is_forgotten() -> None:
 def test_good_news_does_not_end_a_quarantine() -> None:
     """Only a wash that passes brings a quarantined slot back."""
     slots = slot_in(SlotState.QUARANTINED)
-    slots.report_fault("g0", None)
+    slots.report_check("g0", None, None)
     assert slots["g0"].state is SlotState.QUARANTINED
     assert slots["g0"].fault == "memory is in use"
 
@@ -214,3 +214,12 @@ def test_a_gpu_has_several_names(name: str, meant: bool) -> None:
 def test_a_stand_in_is_nobodys_gpu() -> None:
     """Whoever asks for all GPUs does not mean a CPU."""
     assert not replace(device("g0"), is_gpu=False).is_meant_by("all")
+
+
+def test_a_doubt_keeps_a_slot_from_being_leased_while_it_lasts() -> None:
+    """A device that does not answer may be good or bad: nobody gets it until it answers."""
+    slots = slot_in(SlotState.FREE)
+    slots.report_check("g0", None, "NVML did not answer")
+    assert (slots.choose(1, Tier.LOW), slots["g0"].state) == ((), SlotState.FREE)
+    slots.report_check("g0", None, None)
+    assert slots.choose(1, Tier.LOW) == ("g0",)

@@ -24,6 +24,10 @@ class NotSupported(NvmlError):
     pass
 
 
+class GpuIsLost(NvmlError):
+    pass
+
+
 @dataclass
 class Gpu:
     uuid: str
@@ -44,6 +48,7 @@ class FakeNvml:
 
     NVMLError = NvmlError
     NVMLError_NotSupported = NotSupported
+    NVMLError_GpuIsLost = GpuIsLost
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1
     NVML_VOLATILE_ECC = 0
 
@@ -74,7 +79,7 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, gpu: Gpu) -> SimpleNamespace:
         if gpu.lost:
-            raise NvmlError("GPU is lost")
+            raise GpuIsLost("GPU is lost")
         return SimpleNamespace(total=46068 * MIB, used=gpu.used, free=0)
 
     def nvmlDeviceGetTotalEccErrors(self, gpu: Gpu, kind: int, counter: int) -> int:
@@ -157,7 +162,7 @@ async def test_a_driver_that_hangs_makes_every_slot_unreadable_and_gets_one_thre
     nvml.hang = threading.Event()
     for _ in range(3):
         readings = await inventory.readings()
-        assert all("did not answer" in (reading.fault or "") for reading in readings.values())
+        assert all("did not answer" in (reading.doubt or "") for reading in readings.values())
     (hung,) = [thread for thread in threading.enumerate() if thread.name == "nvml"]
     nvml.hang.set()
     hung.join(30)

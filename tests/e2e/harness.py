@@ -475,7 +475,7 @@ class Service:
         return found
 
     def run_folders(self) -> list[str]:
-        return sorted(os.listdir(self.run_dir)) if self.run_dir.is_dir() else []
+        return sorted(path.name for path in self.run_dir.glob("*/*"))
 
     def worker_pids(self) -> list[int]:
         """Processes that were started for this service's sessions, where workers are processes."""
