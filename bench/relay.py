@@ -2,9 +2,10 @@
 
     python bench/relay.py [--streams 16] [--events 5000] [--busy 100] [--probes 300]
 
-Throughput: `--streams` tasks at once, on four workers, `--events` events each, read by one client in a process
-of its own, from the service and from the floor: a plain Starlette `StreamingResponse` under the same uvicorn,
-which yields the very same frames one by one and has nothing behind it. The two are measured in turn, five times.
+Throughput: `--streams` tasks at once, on four workers, `--events` events each, read by one client in a
+process of its own, from the service and from the floor: a plain Starlette `StreamingResponse` under the same
+uvicorn, which yields the very same frames one by one and has nothing behind it. The two are measured in turn,
+five times.
 
 First event: from sending the request to the first `text_delta`, through the service on a warm session and
 directly on the worker's Unix socket, in turn; then once more while `--busy` other sessions stream 20 events a
@@ -103,9 +104,8 @@ async def throughput(service: str, floor: str, service_pid: int, streams: int, e
     print(f"throughput, {streams} streams of {events} events, median of {ROUNDS}:")
     print(f"  through the service      {through:10,.0f} events/s   (4 workers, service, client)")
     print(f"  plain Starlette stream   {plain:10,.0f} events/s   (server and client)")
-    print(
-        f"  ratio                    {statistics.median(ratios):10.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    spread = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    print(f"  ratio                    {statistics.median(ratios):10.2f}   {spread}")
     print(f"  the service's own CPU    {statistics.median(cpu):10,.0f} events for each CPU second")
 
 

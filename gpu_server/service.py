@@ -86,7 +86,7 @@ async def open_service(
                 max_bytes_each=settings.stream_history_bytes, max_bytes_total=settings.stream_total_bytes
             ),
             runtime=runtime,
-            folders=RunFolders(settings.run_dir / instance),
+            folders=RunFolders(_session_folders(settings, instance)),
             models=models,
             clock=clock,
             wash_give_up=settings.wash_give_up_seconds,
@@ -117,7 +117,7 @@ async def open_service(
                 if await engine.shut_down(settings.stop_grace_seconds + SHUTDOWN_EXTRA_SECONDS):
                     (settings.state_dir / "runtime").unlink(missing_ok=True)
                     with suppress(OSError):  # there is none, or it is not empty
-                        (settings.run_dir / instance).rmdir()
+                        _session_folders(settings, instance).rmdir()
         log.info("service.stopped")
     finally:
         lock.close()
@@ -137,7 +137,7 @@ def _start_work(engine: Engine, inventory: SlotInventory, settings: Settings) ->
 async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
     """Docker, or processes where there is certainly neither an engine nor a GPU. Fails closed."""
     if settings.runtime == "process" or (settings.runtime == "auto" and not _docker_belongs_here()):
-        return ProcessRuntime(instance, settings.run_dir / instance, _working_dir(settings))
+        return ProcessRuntime(instance, _session_folders(settings, instance), _working_dir(settings))
     runtime = DockerRuntime(instance, docker_host=os.environ.get("DOCKER_HOST") or None)
     try:
         await runtime.ping()
@@ -173,6 +173,12 @@ def _enter_runtime(state_dir: Path, name: str) -> None:
             f" workers that RUNTIME={name} cannot see. Start it once with RUNTIME={before}."
         )
     note.write_text(name + "\n")
+
+
+def _session_folders(settings: Settings, instance: str) -> Path:
+    """Where this instance's run folders are: what else lies in RUN_DIR is not ours to wash. Kept short, since
+    a socket's path may have 107 bytes."""
+    return settings.run_dir / instance[:8]
 
 
 def _docker_belongs_here() -> bool:

@@ -98,10 +98,10 @@ async def test_a_real_worker(tmp_path: Path) -> None:
 
 
 async def test_leftovers_of_a_former_life(tmp_path: Path) -> None:
-    """What an earlier life left is gone before anything is leased; what is not this service's is left alone."""
+    """What an earlier life left is gone before a lease; what is not this service's is left alone."""
     async with open_service(settings_in(tmp_path)):
         (own,) = (tmp_path / "state" / "instance_id").read_text().split()
-    old, others = tmp_path / "run" / own / "s_old", tmp_path / "run" / "s_others"
+    old, others = tmp_path / "run" / own[:8] / "s_old", tmp_path / "run" / "s_others"
     for folder in (old, others):
         (folder / "share").mkdir(parents=True)
         (folder / "share" / "file").write_text("x")
@@ -112,7 +112,7 @@ async def test_leftovers_of_a_former_life(tmp_path: Path) -> None:
 
 
 async def test_another_runtime_after_a_crash(tmp_path: Path) -> None:
-    """Another runtime cannot see what a crash left behind, so it does not start; after an orderly end it may."""
+    """Another runtime cannot see what a crash left, so it does not start; after an orderly end it may."""
     note = tmp_path / "state" / "runtime"
     async with open_service(settings_in(tmp_path)):
         assert note.read_text() == "process\n"

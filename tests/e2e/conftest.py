@@ -37,7 +37,7 @@ def services(runtime: str, request: pytest.FixtureRequest) -> Iterator[Services]
     """All services of one runtime. Their folders lie on a tmpfs where there is one."""
     shared_memory = Path("/dev/shm")
     place = shared_memory if os.access(shared_memory, os.W_OK) else None
-    root = Path(tempfile.mkdtemp(prefix="gpu-server-e2e-", dir=place))
+    root = Path(tempfile.mkdtemp(prefix="gs-e2e-", dir=place))
     root.chmod(0o711)
     engine = request.getfixturevalue("engine_with_images") if runtime == "docker" else None
     found = Services(runtime, root, engine)

@@ -369,7 +369,7 @@ class Service:
 
     def __init__(self, runtime: str, root: Path, engine: APIClient | None, **settings: object) -> None:
         self.runtime, self.engine = runtime, engine
-        self.folder = Path(tempfile.mkdtemp(prefix="service-", dir=root))
+        self.folder = Path(tempfile.mkdtemp(prefix="s-", dir=root))
         self.folder.chmod(0o711)
         self.state_dir, self.run_dir = self.folder / "state", self.folder / "run"
         self.models, self.log = self.folder / "models", self.folder / "service.log"

@@ -44,7 +44,7 @@ async def test_a_worker_that_does_not_start(caller: Caller, mode: str) -> None:
     reason, code, message = AT_START[mode]
     task = await caller.run(mode, model="hostile")
     end = task.events[-1].data
-    assert (end["status"], end["error"]["code"]) == ("failed", code)
+    assert (end["status"], end["error"]["code"]) == ("failed", code), end
     assert message in end["error"]["message"]
     assert task.of("error") == [end["error"]]
     ended = await caller.ended(task.session_id)
@@ -67,7 +67,7 @@ async def test_a_worker_that_breaks_the_contract(caller: Caller, mode: str) -> N
     session = await caller.warm(mode, model="hostile")
     task = await caller.run(mode, model="hostile", session=session)
     end = task.events[-1].data
-    assert (end["status"], end["error"]["code"]) == ("failed", code)
+    assert (end["status"], end["error"]["code"]) == ("failed", code), end
     assert message in end["error"]["message"]
     ended = await caller.ended(session)
     assert (ended["state"], ended["close_reason"]) == ("failed", "worker_misbehaved")
@@ -91,7 +91,7 @@ async def test_a_worker_that_dies_or_talks_nonsense_in_a_task(
     queued = await caller.started(session=session, prompt="never")
     for task in (running, queued):
         end = await task.finish()
-        assert (end["status"], end["error"]["code"]) == ("failed", code)
+        assert (end["status"], end["error"]["code"]) == ("failed", code), end
         assert message in end["error"]["message"]
     assert running.text == "".join(f"tok{n} " for n in range(20))
     assert "text_delta" not in queued.names
