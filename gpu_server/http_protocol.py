@@ -1,4 +1,8 @@
-"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: on the size and the time of a request's head."""
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: on the size and the time of a request's head.
+
+Counted is what the parser takes without handing out a byte of a body: the head, and the fields that may
+follow a chunked body, which are kept just the same.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ class BoundedHeadProtocol(HttpToolsProtocol):
     """Ends a connection whose request head is too large (431) or takes too long to come."""
 
     _head_bytes = 0
-    _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -31,15 +34,17 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come; those of a head are counted before the parser collects them."""
-        if self._in_head:
-            self._head_bytes += len(data)
-            # A body that came with its head in one piece is not the head's fault: one read is let pass.
-            if self._head_bytes > MAX_HEAD_BYTES and self._head_bytes > len(data):
-                self.transport.write(_TOO_LARGE)
-                self.transport.close()
-                return
-        super().data_received(data)
+        """Bytes have come: the parser gets as many as a head may still have, and then the next ones."""
+        if self.timeout_keep_alive_task is not None:
+            # uvicorn forgets its own deadline at any byte, also at one that begins no request.
+            self._await_head()
+        while data and not self.transport.is_closing():
+            room = MAX_HEAD_BYTES - self._head_bytes
+            self._head_bytes += len(data[:room])
+            super().data_received(data[:room])
+            if self._head_bytes >= MAX_HEAD_BYTES:
+                self._refuse_head()
+            data = data[room:]
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -48,24 +53,35 @@ class BoundedHeadProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Its head is complete."""
-        self._in_head = False
+        self._head_bytes = 0
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A part of its body has come."""
+        self._head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """Its body is complete; uvicorn's own keep-alive deadline counts from the end of the answer."""
-        self._in_head, self._head_bytes = True, 0
+        self._head_bytes = 0
         super().on_message_complete()
 
     def _await_head(self) -> None:
         self._stop_timer()
-        self._in_head = True
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:  # else it would end up in an answer under way
+            self.transport.write(_TOO_LARGE)
+        self.transport.close()
 
     def _head_is_late(self) -> None:
         if not self.transport.is_closing():

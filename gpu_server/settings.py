@@ -51,15 +51,15 @@ def _default_run_dir() -> Path:
 class Settings(BaseSettings):
     """Every setting of the service. Times in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     http_host: str = "127.0.0.1"
     http_port: Annotated[int, Field(ge=0, le=65535)] = 8001
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     http_max_connections: Annotated[int, Field(ge=1)] = 4096
-    internal_api_key: Annotated[
-        str | None, Field(min_length=16), BeforeValidator(lambda key: key or None)
-    ] = None
+    internal_api_key: Annotated[str | None, Field(min_length=16)] = None
 
     runtime: Literal["auto", "docker", "process"] = "auto"
     state_dir: AbsolutePath = Field(default_factory=_default_state_dir)

@@ -112,6 +112,13 @@ class Node:
         """The one statement of when this session will end if nothing happens."""
         if session.ended:
             return Expiry(idle_deadline=None, max_deadline=None, effective=None, reason=None)
+        if session.state is SessionState.DRAINING:
+            return Expiry(
+                idle_deadline=None,
+                max_deadline=session.max_deadline,
+                effective=self._timers.get(Alarm.DRAIN, session.id),
+                reason=session.close_reason,
+            )
         wait = self._timers.get(Alarm.GPU_WAIT, session.id)
         clocks = [
             (when, reason)

@@ -59,7 +59,7 @@ class Wire:
         for piece in pieces:
             self.writer.write(piece)
             await self.writer.drain()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001 if len(piece) < 100 else 0)
 
     async def head(self) -> bytes:
         """The next answer's head."""
@@ -253,9 +253,8 @@ async def test_trailers_without_end() -> None:
     """Fields behind a chunked body are kept like those of the head, and bounded like them."""
     head = get("/", b"Transfer-Encoding: chunked\r\n").replace(b"GET", b"POST")
     async with served() as service, service.connect() as wire:
-        await wire.send(head + b"1\r\nx\r\n0\r\n", *pieces(b"X-Trailer: x\r\n" * 10_000))
-        answer = await wire.rest()
-        assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+        wire.writer.write(head + b"1\r\nx\r\n0\r\n" + b"X-Trailer: x\r\n" * 10_000)
+        assert await wire.rest() == b""
         assert service.app.requests == []
 
 

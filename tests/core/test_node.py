@@ -1012,3 +1012,11 @@ def test_a_device_in_doubt_is_leased_when_it_answers_again() -> None:
     assert story.session().state == "waiting"
     story.tell(ev.SlotChecked(slot_id="g0", fault=None))
     assert story.session().state == "preparing"
+
+
+def test_the_expiry_of_a_session_in_its_grace_is_the_end_of_that() -> None:
+    """A draining session says when its running task's grace is over, and why."""
+    story = busy("t1", max_lifetime=500, lifetime_grace=30)
+    story.after(500)
+    expiry = story.node.expiry(story.session())
+    assert (expiry.effective, expiry.reason) == (story.now + 30, "max_lifetime")
