@@ -53,7 +53,11 @@ class WorkerLink:
         self._path, self._session_id, self._uid = path, session_id, uid
         connector = aiohttp.UnixConnector(path=path, limit=0, keepalive_timeout=30)
         self._http = aiohttp.ClientSession(
-            "http://worker", connector=connector, auto_decompress=False, read_bufsize=1 << 18
+            "http://worker",
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),  # what a worker wants kept is not kept
+            auto_decompress=False,
+            read_bufsize=1 << 18,
         )
 
     async def close(self) -> None:
@@ -78,7 +82,7 @@ class WorkerLink:
     async def health(self) -> WorkerHealth:
         """Raises `LinkBroken` when nobody answers yet, `ProtocolFault` when the wrong one does."""
         try:
-            async with self._http.get("/health", timeout=_CALL) as answer:
+            async with self._http.get("/health", timeout=_CALL, allow_redirects=False) as answer:
                 raw = await _bounded(answer)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise LinkBroken(f"no health answer: {error!r}") from error
@@ -105,7 +109,7 @@ class WorkerLink:
         """Ask the worker to stop the task, on a connection of its own. Raises `LinkBroken`, or `TaskRefused`
         when it does not know the task."""
         try:
-            async with self._http.delete(f"/tasks/{task_id}", timeout=_CALL) as answer:
+            async with self._http.delete(f"/tasks/{task_id}", timeout=_CALL, allow_redirects=False) as answer:
                 if answer.status >= 400:
                     raise TaskRefused(f"the worker answered {answer.status} to DELETE")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -113,7 +117,9 @@ class WorkerLink:
 
     async def _stream(self, method: str, url: str, reader: FrameReader, **request: Any) -> None:
         try:
-            async with self._http.request(method, url, timeout=_STREAM, **request) as answer:
+            async with self._http.request(
+                method, url, timeout=_STREAM, allow_redirects=False, **request
+            ) as answer:
                 if answer.status != 200:
                     raise TaskRefused(f"the worker answered {answer.status} to {method}")
                 async for chunk in answer.content.iter_any():
