@@ -164,17 +164,15 @@ async def first_event(service: str, run_dir: Path, busy: int, probes: int) -> No
     await compare("nothing else runs", service, socket, probe, probes)
     if busy:
         sessions = [await start_session(service) for _ in range(busy)]
-        async with (
-            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
-            asyncio.TaskGroup() as group,
-        ):
-            body = {"task_type": "session", "model_id": "echo", "task_preset": "bench",
-                    "metadata": {"count": 1_000_000, "delay_ms": 50}, "timeout_seconds": 3600}  # fmt: skip
-            readers = [group.create_task(drain(http, service, body | {"session_id": s})) for s in sessions]
-            await asyncio.sleep(3)
-            await compare(f"{busy} sessions busy", service, socket, probe, probes)
-            for reader in readers:
-                reader.cancel()
+        body = {"task_type": "session", "model_id": "echo", "task_preset": "bench",
+                "metadata": {"count": 1_000_000, "delay_ms": 50}, "timeout_seconds": 3600}  # fmt: skip
+        jobs = [(f"{service}/api/tasks/submit", json.dumps(body | {"session_id": s})) for s in sessions]
+        order = json.dumps({"jobs": jobs, "events": 1_000_000, "headers": HEADERS})
+        reader = await asyncio.create_subprocess_exec(sys.executable, __file__, "--client", order)
+        await asyncio.sleep(3)
+        await compare(f"{busy} sessions busy", service, socket, probe, probes)
+        reader.kill()
+        await reader.wait()
 
 
 async def compare(title: str, service: str, socket: Path, session_id: str, probes: int) -> None:
@@ -212,13 +210,6 @@ async def time_to_first(http: aiohttp.ClientSession, url: str, request: dict[str
             if not first and b"text_delta" in chunk:
                 first = time.perf_counter() - began
     return first
-
-
-async def drain(http: aiohttp.ClientSession, service: str, body: dict[str, Any]) -> None:
-    async with http.post(f"{service}/api/tasks/submit", json=body, headers=HEADERS) as answer:
-        answer.raise_for_status()
-        async for _ in answer.content.iter_any():
-            pass
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -66,6 +67,7 @@ async def submit(body: SubmitBody, service: TheService, tenant: Tenant) -> Respo
         body=orjson.dumps({"metadata": body.metadata}),
     )
     service.engine.submit(submission)
+    await asyncio.sleep(0)  # the task is on its way to a warm worker while the response is being set up
     return _follow(service, submission.task_id, after=0)
 
 
