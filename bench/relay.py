@@ -7,8 +7,9 @@ process of its own, from the service and from the floor: a plain Starlette `Stre
 uvicorn, which yields the very same frames one by one and has nothing behind it. The two are measured in turn,
 five times.
 
-First event: from sending the request to the first `text_delta`, through the service on a warm session and
-directly on the worker's Unix socket, in turn; then once more while `--busy` other sessions stream 20 events a
+First event: from sending the request to the first `text_delta`, through the service on a warm session,
+directly on the worker's Unix socket, and from a route that answers the same request at once on the same HTTP
+stack (FastAPI, sse-starlette), in turn; then once more while `--busy` other sessions stream 20 events a
 second each.
 
 Workers are plain processes, so that nothing but the service differs between the two sides.
@@ -62,7 +63,28 @@ async def stream(request):
             yield frame
     return StreamingResponse(body(), media_type="text/event-stream")
 
+from typing import Any
+from fastapi import FastAPI
+from pydantic import BaseModel
+from sse_starlette import EventSourceResponse
+
+class Body(BaseModel):
+    task_type: str
+    model_id: str
+    task_preset: str
+    session_id: str
+    metadata: dict[str, Any]
+
+http = FastAPI()
+
+@http.post("/at-once")
+async def at_once(body: Body):
+    async def events():
+        yield b'id: 1\\nevent: text_delta\\ndata: {"delta":"tok0 "}\\n\\n'
+    return EventSourceResponse(events(), sep="\\n")
+
 app = Starlette(routes=[Route("/stream", stream, methods=["POST"])])
+app.mount("/http", http)
 uvicorn.run(app, port=int(sys.argv[1]), log_level="warning")
 """
 
@@ -78,7 +100,7 @@ async def main() -> None:
     options = parser.parse_args()
     async with servers(slots=max(4, options.busy + 1)) as (service, floor, run_dir, service_pid):
         await throughput(service, floor, service_pid, options.streams, options.events)
-        await first_event(service, run_dir, options.busy, options.probes)
+        await first_event(service, floor, run_dir, options.busy, options.probes)
 
 
 # -- throughput ---------------------------------------------------------------------------------------------
@@ -157,11 +179,11 @@ async def client(order: dict[str, Any]) -> None:
 # -- first event --------------------------------------------------------------------------------------------
 
 
-async def first_event(service: str, run_dir: Path, busy: int, probes: int) -> None:
+async def first_event(service: str, floor: str, run_dir: Path, busy: int, probes: int) -> None:
     probe = await start_session(service)
     (socket,) = run_dir.glob(f"*/{probe}/share/worker.sock")
     print(f"\nfirst event of a task on a warm session, {probes} probes each way, in turn:")
-    await compare("nothing else runs", service, socket, probe, probes)
+    await compare("nothing else runs", service, floor, socket, probe, probes)
     if busy:
         sessions = [await start_session(service) for _ in range(busy)]
         body = {"task_type": "session", "model_id": "echo", "task_preset": "bench",
@@ -170,35 +192,40 @@ async def first_event(service: str, run_dir: Path, busy: int, probes: int) -> No
         order = json.dumps({"jobs": jobs, "events": 1_000_000, "headers": HEADERS})
         reader = await asyncio.create_subprocess_exec(sys.executable, __file__, "--client", order)
         await asyncio.sleep(3)
-        await compare(f"{busy} sessions busy", service, socket, probe, probes)
+        await compare(f"{busy} sessions busy", service, floor, socket, probe, probes)
         reader.kill()
         await reader.wait()
 
 
-async def compare(title: str, service: str, socket: Path, session_id: str, probes: int) -> None:
-    times: dict[str, list[float]] = {"service": [], "worker": []}
+async def compare(title: str, service: str, floor: str, socket: Path, session_id: str, probes: int) -> None:
+    times: dict[str, list[float]] = {"service": [], "worker": [], "http stack": []}
     metadata = {"count": 3}
     body = {"task_type": "session", "model_id": "echo", "task_preset": "bench",
             "session_id": session_id, "metadata": metadata}  # fmt: skip
     unix = aiohttp.UnixConnector(path=str(socket))
     async with aiohttp.ClientSession() as http, aiohttp.ClientSession(connector=unix) as direct:
         for number in range(probes + 20):
-            task = f"{service}/api/tasks/submit", {"json": body, "headers": HEADERS}
-            own = (
-                f"http://worker/tasks/bench-{session_id}-{title.split()[0]}-{number}",
-                {"json": {"metadata": metadata}},
-            )
-            taken = {"service": await time_to_first(http, *task), "worker": await time_to_first(direct, *own)}
+            own = f"http://worker/tasks/bench-{secrets.token_hex(8)}"
+            taken = {
+                "service": await time_to_first(
+                    http, f"{service}/api/tasks/submit", {"json": body, "headers": HEADERS}
+                ),
+                "worker": await time_to_first(direct, own, {"json": {"metadata": metadata}}),
+                "http stack": await time_to_first(http, f"{floor}/http/at-once", {"json": body}),
+            }
             if number >= 20:  # warm-up
                 for name, seconds in taken.items():
                     times[name].append(seconds * 1000)
-    extra = sorted(a - b for a, b in zip(times["service"], times["worker"], strict=True))
     print(f"  {title}:")
     for name, values in times.items():
-        print(
-            f"    {name:<8} median {statistics.median(values):6.2f} ms   p99 {percentile(values, 99):6.2f} ms"
-        )
-    print(f"    added    median {statistics.median(extra):6.2f} ms   p99 {percentile(extra, 99):6.2f} ms")
+        tell(name, values)
+    rows = list(zip(*times.values(), strict=True))
+    tell("beyond the worker", [through - alone for through, alone, _ in rows])
+    tell("beyond both", [through - alone - stack for through, alone, stack in rows])
+
+
+def tell(name: str, values: list[float]) -> None:
+    print(f"    {name:<18} median {statistics.median(values):6.2f} ms   p99 {percentile(values, 99):6.2f} ms")
 
 
 async def time_to_first(http: aiohttp.ClientSession, url: str, request: dict[str, Any]) -> float:
