@@ -50,6 +50,8 @@ class Traffic:
 
     def __init__(self, live: int, over: int, waiting: int) -> None:
         rules = Rules(
+            ended_sessions_max=1_000_000,
+            ended_tasks_max=1_000_000,
             idle_timeout=FOR_EVER,
             max_lifetime=FOR_EVER,
             gpu_wait_max=FOR_EVER,
