@@ -15,6 +15,18 @@ _wait_for_docker() {
     return 1
 }
 
+# An engine that was killed leaves files that name its process. While that number is a zombie, or somebody
+# else's, a new engine believes them and does not start.
+_remove_stale_pid_files() {
+    local folder name state
+    for folder in /proc/[0-9]*; do
+        read -r name 2>/dev/null <"$folder/comm" || continue
+        state=$(sed -n 's/^State:[[:space:]]*\(.\).*/\1/p' "$folder/status" 2>/dev/null) || continue
+        if [[ $name =~ ^(dockerd|containerd)$ && $state != Z ]]; then return; fi
+    done
+    rm -f /var/run/docker.pid /var/run/docker/containerd/containerd.pid
+}
+
 # A CI machine may come without Docker; the tests need the real engine, so it is installed and started there.
 # Never done on anyone's own machine: without CI set, this does nothing.
 ensure_docker_for_ci() {
@@ -43,6 +55,7 @@ ensure_docker_for_ci() {
     fi
 
     echo "docker: CI without an engine: starting dockerd, log in $log"
+    _remove_stale_pid_files
     setsid nohup dockerd >>"$log" 2>&1 </dev/null &
     if ! _wait_for_docker; then
         tail -n 20 "$log" >&2
