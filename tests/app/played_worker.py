@@ -103,6 +103,7 @@ class PlayedWorker:
     released: asyncio.Event = field(default_factory=asyncio.Event)
     got_task: asyncio.Event = field(default_factory=asyncio.Event)
     connections: int = 0
+    unknown_to_cancel: int = 0  # how many requests to cancel come before their task does
 
     def listen(self) -> socket.socket:
         """The listening socket. A path of any length: it is reached through its folder's descriptor."""
@@ -155,6 +156,9 @@ class PlayedWorker:
         if path == "/health":
             progress = {"progress": None, "message": None}
             await call.answer(200, {"session_id": self.session_id, **progress, **self.health})
+        elif method == "DELETE" and self.unknown_to_cancel:
+            self.unknown_to_cancel -= 1
+            await call.answer(404, {})
         elif method == "DELETE":
             self.cancelled.append(path.removeprefix("/tasks/"))
             self.released.set()

@@ -502,3 +502,57 @@ async def test_a_program_that_talks_to_the_end(tmp_path: Path) -> None:
         await world.free()
         assert world.session(session_id).close_reason == "oneoff_done"
         assert world.told(ev.WorkerLost) == []
+
+
+# -- a worker within its rights ---------------------------------------------------------------------------
+
+
+async def test_a_task_whose_connection_was_closed_before_it_came_is_sent_again(tmp_path: Path) -> None:
+    """A worker may close an idle connection; the session does not pay for it with its life."""
+    tries: list[str] = []
+
+    async def closes_once(worker: PlayedWorker, call: Call) -> None:
+        tries.append(call.method)
+        if len(tries) == 1:
+            call.cut()
+            return
+        await call.stream(delta(1), end(2))
+        await call.done()
+
+    async with engine_world(tmp_path) as world:
+        events, session_id = await run(world, closes_once)
+        assert (tries, deltas(events)) == (["POST", "POST"], ["d1"])
+        assert events[-1].data["status"] == "completed"
+        assert world.session(session_id).state == "ready"
+
+
+async def test_a_task_is_over_when_it_says_so(tmp_path: Path) -> None:
+    """A worker that keeps the response open after `end` does not keep its task running."""
+
+    async def keeps_it_open(worker: PlayedWorker, call: Call) -> None:
+        await call.stream(delta(1), end(2))
+        await worker.released.wait()
+
+    async with engine_world(tmp_path) as world:
+        events, session_id = await run(world, keeps_it_open)
+        assert events[-1].data["status"] == "completed"
+        world.workers[session_id].released.set()
+
+
+async def test_a_cancel_that_overtakes_its_task_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that does not know the task yet is asked again, and has then not ignored the cancel."""
+    monkeypatch.setattr(attendant, "CANCEL_RETRY_SECONDS", 0.005)
+
+    def prepare(worker: PlayedWorker) -> None:
+        worker.on_task, worker.unknown_to_cancel = hold, 2
+
+    async with engine_world(tmp_path) as world:
+        world.prepare = prepare
+        task_id, session_id = world.submit()
+        await world.saw(task_id, "held")
+        world.engine.decide(ev.TaskCancelRequested(task_id=task_id, tenant=world.task(task_id).tenant))
+        assert (await world.events(task_id))[-1].data["status"] == "cancelled"
+        await world.until(lambda: world.session(session_id).state == "ready")
+        assert world.workers[session_id].cancelled == [task_id]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gpu_server import engine
 from gpu_server.core import events as ev
 from gpu_server.core.effects import Effect
 from gpu_server.core.errors import Refusal, RefusalCode
@@ -302,3 +303,19 @@ async def test_exit_of_a_former_worker(tmp_path: Path) -> None:
             world.engine.heard_exit(WorkerExit(name=name, session_id=owner, exit_code=1, oom_killed=False))
         await asyncio.sleep(0)
         assert world.session(session_id).state == "ready"
+
+
+async def test_the_inputs_of_queued_tasks_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused task keeps nothing, and room comes back when an input was handed on."""
+    async with engine_world(tmp_path, slots=slot_specs(2)) as world:
+        first, _ = world.submit()
+        await world.events(first)
+        monkeypatch.setattr(engine, "MAX_QUEUED_BYTES", 1)
+        with pytest.raises(Refusal) as refused:
+            world.submit()
+        assert refused.value.code is RefusalCode.TOO_MUCH_QUEUED
+        monkeypatch.setattr(engine, "MAX_QUEUED_BYTES", 1000)
+        second, _ = world.submit()
+        assert (await world.events(second))[-1].data["status"] == "completed"

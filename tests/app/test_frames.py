@@ -337,3 +337,12 @@ def test_encode() -> None:
     raw = encode("error", {"code": "c", "message": "a\nb\r\nc\u2028"})
     assert frames._FRAME.fullmatch(raw) is not None
     assert orjson.loads(raw.split(b"data: ")[1]) == {"code": "c", "message": "a\nb\r\nc\u2028"}
+
+
+def test_an_end_may_say_only_so_much() -> None:
+    """What a task used is kept with its history, so it is bounded more narrowly than a frame."""
+    sink = read()[1]
+    reader = FrameReader(sink)
+    with pytest.raises(ProtocolFault, match="longer than"):
+        reader.feed(frame(1, "end", {"status": "completed", "usage": {"x": "y" * 20_000}}))
+    assert reader.end is None
