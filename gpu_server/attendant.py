@@ -90,6 +90,7 @@ class Attendant:
         self._output: asyncio.Task[None] | None = None
         self._relays: dict[str, asyncio.Task[None]] = {}
         self._tail = bytearray()
+        self._exec_bytes = 0
         self._started = False
         self._ready = False
         self._closing = False
@@ -314,8 +315,11 @@ class Attendant:
         reading = self._spawn("exec output", self._read_exec(self._worker, output))
         either: list[asyncio.Future[Any]] = [reading, self._exited]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        # Something that the program left behind may hold its output open: that is not waited for.
-        await asyncio.wait([reading], timeout=EXIT_NEWS_SECONDS if self._exited.done() else None)
+        # All that was written is read; but what the program left behind may hold its output open in silence.
+        seen = -1
+        while not reading.done() and seen != self._exec_bytes:
+            seen = self._exec_bytes
+            await asyncio.wait([reading], timeout=EXIT_NEWS_SECONDS)
         self._worker.output.close()
         await asyncio.wait([reading])
         output.close()
@@ -331,7 +335,9 @@ class Attendant:
         async for piece in worker.output:
             self._remember(piece)
             for start in range(0, len(piece.data), EXEC_PIECE_BYTES):
-                output.feed(Output(piece.stream, piece.data[start : start + EXEC_PIECE_BYTES]))
+                part = piece.data[start : start + EXEC_PIECE_BYTES]
+                self._exec_bytes += len(part)
+                output.feed(Output(piece.stream, part))
                 await asyncio.sleep(0)
 
     async def _cancel(self, task_id: str) -> None:

@@ -17,6 +17,7 @@ from gpu_server.ports import RuntimeUnreachable, SlotInventory, WorkerExit
 
 FOLDER_CHECK_SECONDS = 2.0
 RECONCILE_EVERY = 15  # rounds
+EXIT_NEWS_SECONDS = 0.2
 
 log = structlog.get_logger()
 
@@ -91,11 +92,13 @@ class Reaper:
         expected = {a.name: s for s, a in engine.attendants.items() if a.is_started}
         try:
             seen = {worker.name: worker for worker in await engine.runtime.list_workers()}
-            for name, session_id in expected.items():
-                if name is not None and (name not in seen or not seen[name].running):
-                    engine.heard_exit(
-                        WorkerExit(name=name, session_id=session_id, exit_code=-1, oom_killed=False)
-                    )
+            gone = [name for name in expected if name and not (name in seen and seen[name].running)]
+            if gone:
+                await asyncio.sleep(EXIT_NEWS_SECONDS)  # the exit itself, with its code, may be on its way
+            for name in gone:
+                engine.heard_exit(
+                    WorkerExit(name=name, session_id=expected[name], exit_code=-1, oom_killed=False)
+                )
             await engine.wash.remove_residue()
         except (RuntimeUnreachable, OSError) as error:
             log.warning("reconcile.unreachable", reason=str(error))
