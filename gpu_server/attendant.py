@@ -1,18 +1,17 @@
 """Attendants: one for each session that has a container, holding everything the service does for it.
 
-It starts the worker, tells the engine what becomes of it, carries tasks to it and their events back into
-their streams. It decides nothing: what it sees, it reports as an event. `close` ends all of that and leaves
-the container to the wash.
+It starts the worker, or takes up one that an earlier life of the service started, tells the engine what
+becomes of it, carries tasks to it and their events back into their streams. It decides nothing: what it sees,
+it reports as an event. `close` ends all of that and leaves the container as it is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 
@@ -22,20 +21,23 @@ from gpu_server.core.sessions import CloseReason, TaskState
 from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.drivers.run_folder import ConnectPath, RunFolders
 from gpu_server.drivers.worker_link import LinkBroken, TaskRefused, WorkerLink
-from gpu_server.exec_output import ExecOutput
-from gpu_server.frames import FrameReader, ProtocolFault
+from gpu_server.exec_output import ExecOutput, count_by_stream
+from gpu_server.frames import ProtocolFault
+from gpu_server.launch import Launch, Plan
 from gpu_server.ports import (
     ContainerRuntime,
     Contract,
     CreatedWorker,
+    FoundWorker,
     Output,
+    OutputLost,
     RunFolder,
     RunFolderFault,
     RuntimeUnreachable,
     StartRefused,
     WorkerExit,
-    WorkerSpec,
 )
+from gpu_server.relay import relay_exec, relay_http
 from gpu_server.stream import Stream
 
 LOG_TAIL_BYTES = 64 * 1024
@@ -43,9 +45,10 @@ FIRST_POLL_SECONDS = 0.01
 LOADING_POLL_SECONDS = 0.1
 CANCEL_RETRY_SECONDS = 0.1
 MODEL_LOOKUP_SECONDS = 30.0
-EXEC_PIECE_BYTES = 4096
+ADOPTION_SECONDS = 30.0
+REATTACH_PAUSE_SECONDS = 1.0
+UNREACHABLE_TRIES = 60
 EXIT_NEWS_SECONDS = 2.0
-REATTACH_TRIES = 3
 
 log = structlog.get_logger()
 
@@ -57,19 +60,7 @@ class Host(Protocol):
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]: ...
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How to start one worker. `find_model` may block for long, on a network file system: it gets a thread.
-    `spec` is asked for when the run folder exists."""
-
-    session_id: str
-    image: str
-    contract: Contract
-    uid: int
-    task_input: bytes | None
-    find_model: Callable[[], Path | None]
-    spec: Callable[[RunFolder, Path | None], WorkerSpec]
+    def delivered(self, task_id: str) -> None: ...
 
 
 class Attendant:
@@ -81,7 +72,8 @@ class Attendant:
         self._log = log.bind(session_id=plan.session_id)
         self._tasks: set[asyncio.Task[None]] = set()
         self._exited: asyncio.Future[WorkerExit] = asyncio.get_running_loop().create_future()
-        self._spec: WorkerSpec | None = None
+        self._attached = asyncio.Event()
+        self._folder: RunFolder | None = None
         self._worker: CreatedWorker | None = None
         self._socket: ConnectPath | None = None
         self._link: WorkerLink | None = None
@@ -90,7 +82,7 @@ class Attendant:
         self._output: asyncio.Task[None] | None = None
         self._relays: dict[str, asyncio.Task[None]] = {}
         self._tail = bytearray()
-        self._exec_bytes = 0
+        self._interruptions = self._started_at = 0
         self._started = False
         self._ready = False
         self._closing = False
@@ -99,10 +91,17 @@ class Attendant:
 
     def start(self) -> None:
         """Bring the worker up; comes back as WorkerCreated and WorkerReady, or WorkerLost."""
-        self._start = self._spawn("start", self._bring_up())
+        self._start = self._spawn("start", self._start_or_lose(self._bring_up_or_raise))
 
-    def send(self, task_id: str, body: bytes, stream: Stream) -> None:
-        """Run a task; comes back as TaskEnded, or WorkerLost."""
+    def adopt(self, *, ready: bool) -> None:
+        """Take up a worker that an earlier life started; comes back as `start` does. It was `ready` then, or
+        perhaps not even there: what was never started is brought up now."""
+        self._ready = ready
+        self._start = self._spawn("adopt", self._start_or_lose(self._take_up_or_raise))
+
+    def send(self, task_id: str, body: bytes | None, stream: Stream) -> None:
+        """Run a task, or follow it further, behind what `stream` has of it: a worker runs it once, however
+        often it is sent. Comes back as TaskEnded, or WorkerLost. `body` None: the worker must have it."""
         work = self._run_exec if self.plan.contract is Contract.EXEC else self._run_http
         relay = self._relays[task_id] = self._spawn(f"task {task_id}", work(task_id, body, stream))
         relay.add_done_callback(lambda _: self._relays.pop(task_id))
@@ -119,10 +118,10 @@ class Attendant:
 
     def check_folder(self) -> None:
         """Look whether the worker keeps its run folder within bounds."""
-        if self._spec is None or self._closing:
+        if self._folder is None or self._closing:
             return
         try:
-            self._folders.check(self._spec.folder)
+            self._folders.check(self._folder)
         except OSError as error:
             # Ours, such as too few descriptors: the worker is not to blame, and the next round looks again.
             self._log.warning("run_folder.unreadable", reason=str(error))
@@ -148,13 +147,21 @@ class Attendant:
 
     # -- starting -------------------------------------------------------------------------------------------
 
-    async def _bring_up(self) -> None:
+    async def _start_or_lose(self, attempt: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Start, and try again while the runtime does not answer: the container may be there by then."""
         try:
-            await self._bring_up_or_raise()
+            for _ in range(UNREACHABLE_TRIES):
+                try:
+                    return await attempt()
+                except RuntimeUnreachable as error:
+                    self._log.warning("worker.start_delayed", reason=str(error))
+                    self._host.report(ev.RuntimeChecked(doubt=f"the runtime does not answer: {error}"))
+                    attempt = self._take_up_or_raise
+                    await asyncio.sleep(REATTACH_PAUSE_SECONDS)
+            message = "the runtime did not answer for too long"
+            self._lost(CloseReason.START_FAILED, FailureCode.RUNTIME_UNREACHABLE, message)
         except StartRefused as refused:
             self._lost(CloseReason.START_FAILED, refused.code, refused.message)
-        except RuntimeUnreachable as error:
-            self._lost(CloseReason.START_FAILED, FailureCode.RUNTIME_UNREACHABLE, str(error))
         except RunFolderFault as fault:
             self._lost(CloseReason.START_FAILED, FailureCode.RUN_FOLDER_FAULT, str(fault))
         except ProtocolFault as fault:
@@ -164,41 +171,46 @@ class Attendant:
 
     async def _bring_up_or_raise(self) -> None:
         plan, session_id = self.plan, self.plan.session_id
+        launch = plan.launch()
         self._stage("model")
         try:
-            model = await call_in_thread(plan.find_model, limit=MODEL_LOOKUP_SECONDS, name="find-model")
+            model = await call_in_thread(launch.find_model, limit=MODEL_LOOKUP_SECONDS, name="find-model")
         except TimeoutError:
             message = f"the model store did not answer within {MODEL_LOOKUP_SECONDS:g} s"
             raise StartRefused(FailureCode.MODEL_MISSING, message) from None
         self._stage("image")
-        await self._runtime.require_image(plan.image)
+        await self._runtime.require_image(launch.image)
         self._stage("container")
-        self._worker, spec = await self._create(model)
+        self._worker = await self._create(launch, model)
         if self._closing:
             return  # `close` has waited for the container, so that the wash finds it: nothing starts it now
         self._host.report(ev.WorkerCreated(session_id=session_id, container_id=self._worker.container_id))
         if plan.contract is Contract.HTTP:
             self._output = self._spawn("output", self._keep_tail(self._worker))
-            await self._runtime.start(spec.name)
+            await self._runtime.start(plan.name)
             self._started = True
             self._stage("loading")
-            await self._until_ready(spec)
-        self._ready = True
-        self._host.report(ev.WorkerReady(session_id=session_id))
+            await self._until_ready()
+        self._is_ready()
 
-    async def _create(self, model: Path | None) -> tuple[CreatedWorker, WorkerSpec]:
+    def _is_ready(self) -> None:
+        self._ready = True
+        self._attached.set()
+        self._host.report(ev.WorkerReady(session_id=self.plan.session_id))
+
+    async def _create(self, launch: Launch, model: Path | None) -> CreatedWorker:
         """Make run folder and container in a task of its own, which `close` waits for, never cancels."""
-        made: asyncio.Future[tuple[CreatedWorker, WorkerSpec]] = asyncio.get_running_loop().create_future()
+        made: asyncio.Future[CreatedWorker] = asyncio.get_running_loop().create_future()
         plan = self.plan
 
         async def create() -> None:
             try:
-                folder = await asyncio.to_thread(
-                    self._folders.create, plan.session_id, plan.uid, plan.task_input
+                self._folder = await asyncio.to_thread(
+                    self._folders.create, plan.session_id, plan.uid, launch.task_input
                 )
-                self._spec = plan.spec(folder, model)
-                self._worker = await self._runtime.create(self._spec)
-                made.set_result((self._worker, self._spec))
+                self._interruptions = self._runtime.interruptions
+                self._worker = await self._runtime.create(launch.spec(self._folder, model))
+                made.set_result(self._worker)
             except Exception as error:  # noqa: BLE001  # the start, which waits for this, tells what it was
                 made.set_exception(error)
                 made.exception()  # so that nobody complains when the start was cancelled meanwhile
@@ -206,13 +218,65 @@ class Attendant:
         self._creating = self._host.spawn(f"{plan.session_id}: create", create())
         return await asyncio.shield(made)
 
-    async def _until_ready(self, spec: WorkerSpec) -> None:
-        """Wait for the socket, then for `ready`. The start deadline is the core's; an exit ends this task."""
-        told: tuple[str, float] | None = None
-        pause = FIRST_POLL_SECONDS
+    # -- adopting -------------------------------------------------------------------------------------------
+
+    async def _take_up_or_raise(self) -> None:
+        plan, was_ready = self.plan, self._ready
+        try:
+            found = await self._find()
+        except OutputLost as lost:
+            self._lost(CloseReason.WORKER_EXITED, FailureCode.SERVICE_RESTARTED, str(lost))
+            return
+        if found is None:
+            if was_ready and not await self._waits_to_be_started():
+                message = "the worker was gone when the service came back"
+                self._lost(CloseReason.WORKER_EXITED, FailureCode.SERVICE_RESTARTED, message)
+                return
+            self._ready = False
+            await self._bring_up_or_raise()
+            return
+        self._worker, self._started = found, True
+        self._folder = self._folders.find(plan.session_id)
+        self._host.report(ev.WorkerCreated(session_id=plan.session_id, container_id=found.container_id))
+        if found.exit is not None:
+            self.heard_exit(found.exit)
+        if plan.contract is Contract.HTTP:
+            if found.exit is not None:
+                return
+            self._output = self._spawn("output", self._keep_tail(found))
+            if not was_ready:
+                self._stage("loading")
+            await self._until_ready(limit=ADOPTION_SECONDS if was_ready else None)
+        self._is_ready()
+
+    async def _find(self) -> FoundWorker | None:
+        """The worker, as soon as the runtime answers: until then nothing is known of it."""
+        from_start = self.plan.contract is Contract.EXEC
         while True:
+            seen = self._runtime.interruptions
             try:
-                health = await (await self._connect(spec)).health()
+                found = await self._runtime.reattach(self.plan.name, from_start=from_start)
+                if found is not None:
+                    self._interruptions = seen
+                return found
+            except RuntimeUnreachable as error:
+                self._log.warning("worker.not_found_yet", reason=str(error))
+                await asyncio.sleep(REATTACH_PAUSE_SECONDS)
+
+    async def _waits_to_be_started(self) -> bool:
+        """Whether a program was created, and never started: the service ended just before that."""
+        if self.plan.contract is Contract.HTTP:
+            return False
+        return any(worker.name == self.plan.name for worker in await self._runtime.list_workers())
+
+    async def _until_ready(self, limit: float | None = None) -> None:
+        """Wait for the socket, then for `ready`. The start deadline is the core's; an exit ends this task.
+        With a `limit`, in seconds, the worker was ready before: `StartRefused` when it is not so again."""
+        told: tuple[str, float] | None = None
+        pause, began = FIRST_POLL_SECONDS, asyncio.get_running_loop().time()
+        while limit is None or asyncio.get_running_loop().time() - began <= limit:
+            try:
+                health = await (await self._connect()).health()
             except LinkBroken:
                 await asyncio.sleep(pause)
                 pause = min(1.1 * pause, LOADING_POLL_SECONDS)
@@ -226,17 +290,19 @@ class Attendant:
                 told = (health.stage, health.done)
                 self._stage("loading", health.done, health.total)
             await asyncio.sleep(LOADING_POLL_SECONDS)
+        raise StartRefused(FailureCode.WORKER_UNREACHABLE, f"the worker did not answer within {limit:g} s")
 
-    async def _connect(self, spec: WorkerSpec) -> WorkerLink:
+    async def _connect(self) -> WorkerLink:
         """The link to the worker's socket. Raises `LinkBroken` while nobody listens there."""
+        if self._folder is None:
+            raise RunFolderFault("the session has no run folder any more")
         if self._socket is None:
-            self._socket = self._folders.connect_path(spec.folder)
+            self._socket = self._folders.connect_path(self._folder)
             if self._socket is None:
                 raise LinkBroken("the worker has no socket yet")
         if self._link is None:
-            uid = spec.uid if self._runtime.name == "docker" else os.geteuid()
-            link = WorkerLink(self._socket.path, session_id=spec.session_id, uid=uid)
-            self._link = link
+            uid = self._folders.owner(self._folder) if self._runtime.name == "docker" else os.geteuid()
+            self._link = WorkerLink(self._socket.path, session_id=self.plan.session_id, uid=uid)
         try:
             self._link.check_listener()
         except LinkBroken:
@@ -258,91 +324,105 @@ class Attendant:
 
     # -- tasks ----------------------------------------------------------------------------------------------
 
-    async def _run_http(self, task_id: str, body: bytes, stream: Stream) -> None:
-        """Send the task and relay its events; a broken connection is taken up again, a dead worker is not."""
-        assert self._link is not None
-        reader = FrameReader(stream)
-        tries = 0
-        while reader.end is None:
-            seen = reader.seq
-            try:
-                if reader.seq == 0:
-                    await self._link.run(task_id, body, reader)  # again, too: a known id runs once
-                else:
-                    await self._link.attach(task_id, reader)
-            except TaskRefused as refused:
-                if reader.seq == 0:
-                    self._ended(
-                        task_id,
-                        TaskState.FAILED,
-                        Failure(code=FailureCode.WORKER_PROTOCOL, message=str(refused)),
-                    )
-                    return
-                self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(refused))
-                return
-            except ProtocolFault as fault:
-                self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(fault))
-                return
-            except LinkBroken as broken:
-                if reader.end is not None:
-                    break  # it has said all there is to say
-                if await self._exit_is_near():
-                    return  # `_report_exit` tells what happened, to all tasks at once
-                tries = 1 if reader.seq > seen else tries + 1
-                if tries > REATTACH_TRIES:
-                    self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_UNREACHABLE, str(broken))
-                    return
-        state, failure, usage = reader.end
-        self._host.report(
-            ev.TaskEnded(
-                session_id=self.plan.session_id, task_id=task_id, state=state, failure=failure, usage=usage
-            )
-        )
+    async def _until_attached(self) -> bool:
+        """Whether the worker can be talked to; a task may be here before an adopted worker was found."""
+        if self._attached.is_set():
+            return True
+        attached = self._spawn("attached", _wait(self._attached))
+        either: list[asyncio.Future[Any]] = [attached, self._exited]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        attached.cancel()
+        return self._attached.is_set()
 
-    async def _run_exec(self, task_id: str, body: bytes, stream: Stream) -> None:
-        """Start the container, read its output to the end, and let its exit code decide."""
-        assert self._worker is not None
-        output = ExecOutput(stream)
+    async def _run_http(self, task_id: str, body: bytes | None, stream: Stream) -> None:
+        if not await self._until_attached():
+            return  # `_report_exit` tells what happened, to all tasks at once
+        assert self._link is not None
         try:
-            await self._runtime.start(self._worker.name)
-            self._started = True
+            end = await relay_http(
+                self._link,
+                task_id,
+                body,
+                stream,
+                delivered=lambda: self._host.delivered(task_id),
+                exit_is_near=self._exit_is_near,
+            )
+        except ProtocolFault as fault:
+            self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(fault))
+        except LinkBroken as broken:
+            self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_UNREACHABLE, str(broken))
+        else:
+            if end is not None:
+                self._ended(task_id, *end)
+
+    async def _run_exec(self, task_id: str, body: bytes | None, stream: Stream) -> None:
+        """Start the container, read its output to the end, and let its exit code decide. One that was started
+        before is read from its beginning, and what the stream has of that is left out."""
+        await self._attached.wait()
+        assert self._worker is not None
+        try:
+            await self._start_program()
+            self._host.delivered(task_id)
+            while not await self._read_program(self._worker, stream):
+                self._worker = self._with_all_output(await self._find())
+            exit_ = await asyncio.shield(self._exited)
         except StartRefused as refused:
             self._lost(CloseReason.START_FAILED, refused.code, refused.message)
-            return
-        except RuntimeUnreachable as error:
-            self._lost(CloseReason.START_FAILED, FailureCode.RUNTIME_UNREACHABLE, str(error))
-            return
-        reading = self._spawn("exec output", self._read_exec(self._worker, output))
-        either: list[asyncio.Future[Any]] = [reading, self._exited]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        # All that was written is read; but what the program left behind may hold its output open in silence.
-        seen = -1
-        while not reading.done() and seen != self._exec_bytes:
-            seen = self._exec_bytes
-            await asyncio.wait([reading], timeout=EXIT_NEWS_SECONDS)
-        self._worker.output.close()
-        await asyncio.wait([reading])
-        output.close()
-        exit_ = await asyncio.shield(self._exited)
-        if exit_.exit_code == 0:
-            self._ended(task_id, TaskState.COMPLETED, None)
+        except OutputLost as lost:
+            self._lost(CloseReason.WORKER_EXITED, FailureCode.SERVICE_RESTARTED, str(lost))
         else:
-            failure = Failure(code=FailureCode.WORKER_EXITED, message=self._exit_message(exit_))
-            self._ended(task_id, TaskState.FAILED, failure)
+            if exit_.exit_code == 0:
+                self._ended(task_id, TaskState.COMPLETED, None, None)
+            else:
+                self._ended(task_id, TaskState.FAILED, self._exit_failure(exit_), None)
 
-    async def _read_exec(self, worker: CreatedWorker, output: ExecOutput) -> None:
-        """In small pieces: 4 KiB may be as many events, and others want the event loop too."""
-        async for piece in worker.output:
-            self._remember(piece)
-            for start in range(0, len(piece.data), EXEC_PIECE_BYTES):
-                part = piece.data[start : start + EXEC_PIECE_BYTES]
-                self._exec_bytes += len(part)
-                output.feed(Output(piece.stream, part))
-                await asyncio.sleep(0)
+    async def _start_program(self) -> None:
+        """Start the program, once, also where the runtime took the order and its answer was lost."""
+        while not self._started:
+            self._started_at = self._runtime.interruptions
+            try:
+                await self._runtime.start(self.plan.name)
+                self._started = True
+            except RuntimeUnreachable:
+                if (found := await self._find()) is not None:
+                    self._worker, self._started = self._with_all_output(found), True
+                else:
+                    await asyncio.sleep(REATTACH_PAUSE_SECONDS)
+
+    async def _read_program(self, worker: CreatedWorker, stream: Stream) -> bool:
+        """Whether all of its output was read; not if the runtime was lost since it was attached."""
+        return await relay_exec(
+            worker,
+            ExecOutput(stream, self._taken_before(stream)),
+            self._exited,
+            remember=self._remember,
+            is_interrupted=lambda: self._runtime.interruptions != self._interruptions,
+            silence=EXIT_NEWS_SECONDS,
+        )
+
+    def _with_all_output(self, found: FoundWorker | None) -> FoundWorker:
+        """Raises `OutputLost` for a program that ended while the runtime was away: its last words went with
+        the engine that was to read them."""
+        if found is None or (found.exit is not None and self._runtime.interruptions != self._started_at):
+            raise OutputLost("the program ended while the container runtime was away")
+        if found.exit is not None:
+            self.heard_exit(found.exit)
+        return found
+
+    @staticmethod
+    def _taken_before(stream: Stream) -> Mapping[Literal["stdout", "stderr"], int]:
+        """How much of a program's output an earlier life has taken. Raises `OutputLost`."""
+        taken = count_by_stream(stream.worker_frames())
+        if sum(taken.values()) != stream.worker_seq:
+            raise OutputLost("the program's output cannot be followed further: its beginning is not kept")
+        return taken
 
     async def _cancel(self, task_id: str) -> None:
         """Ask until the worker has heard it, or the task is over: a request may overtake the task itself on
-        its way. The core's cancel deadline ends the session if nothing helps."""
+        its way, and a cancel of an earlier life comes before the worker was found again. The core's cancel
+        deadline ends the session if nothing helps."""
+        if not await self._until_attached():
+            return
         while task_id in self._relays and self._link is not None:
             try:
                 await self._link.cancel(task_id)
@@ -352,9 +432,13 @@ class Attendant:
             else:
                 return
 
-    def _ended(self, task_id: str, state: TaskState, failure: Failure | None) -> None:
+    def _ended(
+        self, task_id: str, state: TaskState, failure: Failure | None, usage: Mapping[str, Any] | None
+    ) -> None:
         self._host.report(
-            ev.TaskEnded(session_id=self.plan.session_id, task_id=task_id, state=state, failure=failure)
+            ev.TaskEnded(
+                session_id=self.plan.session_id, task_id=task_id, state=state, failure=failure, usage=usage
+            )
         )
 
     # -- the end of the worker ------------------------------------------------------------------------------
@@ -374,29 +458,31 @@ class Attendant:
         if rest:
             await asyncio.wait(rest, timeout=EXIT_NEWS_SECONDS)
         reason = CloseReason.WORKER_EXITED if self._ready else CloseReason.START_FAILED
-        self._lost(reason, FailureCode.WORKER_EXITED, self._exit_message(exit_))
+        self._lost_to(reason, self._exit_failure(exit_))
 
-    def _exit_message(self, exit_: WorkerExit) -> str:
+    def _exit_failure(self, exit_: WorkerExit) -> Failure:
         how = "was killed for using too much memory" if exit_.oom_killed else "exited"
         last = self.log_tail.rstrip().rsplit("\n", 1)[-1][:500]
-        return f"the worker {how} with code {exit_.exit_code}" + (f": {last}" if last else "")
+        message = f"the worker {how} with code {exit_.exit_code}" + (f": {last}" if last else "")
+        return Failure(code=FailureCode.WORKER_EXITED, message=message, from_worker=bool(last))
 
     def _lost(self, reason: CloseReason, code: str, message: str) -> None:
+        """The worker cannot serve any more. The message may quote it, so it counts as the worker's words."""
+        self._lost_to(reason, Failure(code=code, message=message, from_worker=True))
+
+    def _lost_to(self, reason: CloseReason, failure: Failure) -> None:
         self._host.report(
             ev.WorkerLost(
-                session_id=self.plan.session_id,
-                reason=reason,
-                failure=Failure(code=code, message=message),
-                log_tail=self.log_tail,
+                session_id=self.plan.session_id, reason=reason, failure=failure, log_tail=self.log_tail
             )
         )
 
     # -- output ---------------------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str | None:
-        """The container's name, once there is to be one."""
-        return self._spec.name if self._spec is not None else None
+    def name(self) -> str:
+        """The container's name, also where there is none yet."""
+        return self.plan.name
 
     @property
     def is_started(self) -> bool:
@@ -432,3 +518,7 @@ class Attendant:
             lambda _: work.close()
         )  # it has not begun where the task was cancelled at once
         return task
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()

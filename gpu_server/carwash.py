@@ -16,7 +16,7 @@ from gpu_server.core import events as ev
 from gpu_server.core.effects import WashSlots
 from gpu_server.core.slots import Certificate, SlotSpec
 from gpu_server.drivers.run_folder import RunFolders
-from gpu_server.ports import Clock, ContainerRuntime, RuntimeUnreachable
+from gpu_server.ports import Clock, ContainerRuntime, RuntimeUnreachable, worker_name
 
 FIRST_RETRY_SECONDS = 0.1
 LAST_RETRY_SECONDS = 5.0
@@ -24,13 +24,9 @@ LAST_RETRY_SECONDS = 5.0
 log = structlog.get_logger()
 
 
-def worker_name(session_id: str, fence: int) -> str:
-    """The container's name: creating it twice is creating it once."""
-    return f"gpu-server-{session_id}-{fence}"
-
-
 class CarWash:
-    """Washes slots. `is_live` says whether a session id is served now: what has no such owner is residue."""
+    """Washes slots. `served_by` gives the name of the container that serves a session now, or None: any other
+    container, and the folder of any other session, is residue."""
 
     def __init__(
         self,
@@ -39,10 +35,13 @@ class CarWash:
         clock: Clock,
         *,
         give_up: float,
-        is_live: Callable[[str], bool],
+        served_by: Callable[[str], str | None],
     ) -> None:
         self._runtime, self._folders, self._clock = runtime, folders, clock
-        self._give_up, self._is_live = give_up, is_live
+        self._give_up, self._served_by = give_up, served_by
+        self.swept = False
+        """Whether this life has seen, once, that an earlier one left nothing; no slot is free before that."""
+        self._sweeping = asyncio.Lock()
 
     async def run(self, order: WashSlots, slots: Iterable[SlotSpec]) -> AsyncIterator[ev.Event]:
         """Wash, and yield what came of it: ContainerGone, then WashPassed or WashFailed for each slot."""
@@ -58,9 +57,10 @@ class CarWash:
                 holders = await self._runtime.foreign_gpu_holders() if any(s.is_gpu for s in specs) else {}
                 break
             except (RuntimeUnreachable, OSError) as error:
-                log.warning("wash.unreachable", session_id=order.session_id, reason=str(error))
+                why = reason_of(error)
+                log.warning("wash.unreachable", session_id=order.session_id, reason=why)
                 if self._clock.now() >= give_up_at:
-                    reason = f"could not be washed within {self._give_up:g} s: {error}"
+                    reason = f"could not be washed within {self._give_up:g} s: {why}"
                     yield self._failed(order, order.slot_ids, reason)
                     return
                 await self._clock.sleep_until(self._clock.now() + pause)
@@ -80,22 +80,28 @@ class CarWash:
         if order.session_id is not None:
             await self._runtime.remove(worker_name(order.session_id, order.fence), grace=order.grace)
             await asyncio.to_thread(self._folders.remove, order.session_id)
-            return
-        await self.remove_residue()
+        if order.session_id is None or not self.swept:
+            # A container that no row knows, started while the journal failed, may be on any of the slots.
+            await self.remove_residue()
+            self.swept = True
 
     async def remove_residue(self) -> int:
-        """Remove every worker and run folder of this instance that belongs to no live session; how many.
+        """Remove every worker and run folder of this instance that serves no session now; how many.
 
         Raises `RuntimeUnreachable` or `OSError`.
         """
+        async with self._sweeping:
+            return await self._remove_residue()
+
+    async def _remove_residue(self) -> int:
         removed = 0
         for worker in await self._runtime.list_workers():
-            if not self._is_live(worker.session_id):
+            if self._served_by(worker.session_id) != worker.name:
                 log.warning("wash.residue", container=worker.name, session_id=worker.session_id)
                 await self._runtime.remove(worker.name, grace=0.0)
                 removed += 1
         for session_id in self._folders.names():
-            if not self._is_live(session_id):
+            if self._served_by(session_id) is None:
                 await asyncio.to_thread(self._folders.remove, session_id)
                 removed += 1
         return removed
@@ -103,3 +109,8 @@ class CarWash:
     @staticmethod
     def _failed(order: WashSlots, slot_ids: tuple[str, ...], reason: str) -> ev.WashFailed:
         return ev.WashFailed(session_id=order.session_id, slot_ids=slot_ids, fence=order.fence, reason=reason)
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, without the names of files, which workers choose."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)

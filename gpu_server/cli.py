@@ -1,4 +1,4 @@
-"""The command line: `gpu-server serve`, `submit`, `sessions ...`, `presets check`."""
+"""The command line: `gpu-server serve`, `submit`, and what looks at tasks, sessions, slots and presets."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from gpu_server.settings import Settings
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Lease GPUs to containers, one tenant each."
 )
+tasks_app = typer.Typer(no_args_is_help=True, help="Look at, follow and cancel tasks.")
 sessions_app = typer.Typer(no_args_is_help=True, help="Look at and end sessions.")
 presets_app = typer.Typer(no_args_is_help=True, help="The presets file.")
+app.add_typer(tasks_app, name="tasks")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(presets_app, name="presets")
 slots_app = typer.Typer(no_args_is_help=True, help="Look at slots, and wash quarantined ones (operator).")
@@ -85,6 +87,13 @@ def submit(
     session: Annotated[str | None, typer.Option(help="Queue behind this session.")] = None,
     difficulty: Annotated[str | None, typer.Option(help="low or high.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds the task may run.")] = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Do not follow it: print its id, and let it run without a reader."),
+    ] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with this key gives the same task.")
+    ] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
@@ -113,16 +122,52 @@ def submit(
         if value is not None:
             body[name] = value
 
-    async def follow(client: Client) -> str:
-        status = "failed"
-        printer = EventPrinter(as_json=as_json)
-        async for event in client.submit(body):
+    if detach:
+        task = _run(url, api_key, tenant, lambda client: client.submit_async(body, idempotency_key))
+        out.print(orjson.dumps(task).decode() if as_json else task["task_id"], markup=False)
+        return
+    _follow(url, api_key, tenant, lambda client: client.submit(body, idempotency_key), as_json=as_json)
+
+
+@tasks_app.command("follow")
+def tasks_follow(
+    task_id: str,
+    after: Annotated[int, typer.Option(min=0, help="Only the events behind this id.")] = 0,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    tenant: TenantName = None,
+) -> None:
+    """Follow a task's events to its end. Exit status 1 when it did not complete."""
+    _follow(url, api_key, tenant, lambda client: client.follow(task_id, after), as_json=as_json)
+
+
+@tasks_app.command("show")
+def tasks_show(task_id: str, url: Url = DEFAULT_URL, api_key: Key = None, tenant: TenantName = None) -> None:
+    """Show one task as JSON."""
+    _print_json(_run(url, api_key, tenant, lambda c: c.call("GET", f"/api/tasks/{task_id}")))
+
+
+@tasks_app.command("cancel")
+def tasks_cancel(
+    task_id: str, url: Url = DEFAULT_URL, api_key: Key = None, tenant: TenantName = None
+) -> None:
+    """Cancel a task."""
+    _print_json(_run(url, api_key, tenant, lambda c: c.call("DELETE", f"/api/tasks/{task_id}")))
+
+
+def _follow(url: str, api_key: str | None, tenant: str | None, source: Any, *, as_json: bool) -> None:
+    """Print the events that `source` gives for a client, and exit with 1 unless they end in `completed`."""
+
+    async def show_all(client: Client) -> str:
+        status, printer = "", EventPrinter(as_json=as_json)
+        async for event in source(client):
             printer.show(event)
             if event.event == "task_finish":
                 status = event.data["status"]
         return status
 
-    if _run(url, api_key, tenant, follow) != "completed":
+    if _run(url, api_key, tenant, show_all) not in ("completed", ""):
         raise typer.Exit(1)
 
 
@@ -192,7 +237,7 @@ def sessions_show(
     session_id: str, url: Url = DEFAULT_URL, api_key: Key = None, tenant: TenantName = None
 ) -> None:
     """Show one session as JSON."""
-    _print_session(_run(url, api_key, tenant, lambda c: c.call("GET", f"/api/sessions/{session_id}")))
+    _print_json(_run(url, api_key, tenant, lambda c: c.call("GET", f"/api/sessions/{session_id}")))
 
 
 @sessions_app.command("kill")
@@ -200,7 +245,7 @@ def sessions_kill(
     session_id: str, url: Url = DEFAULT_URL, api_key: Key = None, tenant: TenantName = None
 ) -> None:
     """Kill a session; its tasks are cancelled."""
-    _print_session(_run(url, api_key, tenant, lambda c: c.call("DELETE", f"/api/sessions/{session_id}")))
+    _print_json(_run(url, api_key, tenant, lambda c: c.call("DELETE", f"/api/sessions/{session_id}")))
 
 
 @sessions_app.command("keepalive")
@@ -208,9 +253,7 @@ def sessions_keepalive(
     session_id: str, url: Url = DEFAULT_URL, api_key: Key = None, tenant: TenantName = None
 ) -> None:
     """Renew a session's idle deadline."""
-    _print_session(
-        _run(url, api_key, tenant, lambda c: c.call("POST", f"/api/sessions/{session_id}/keepalive"))
-    )
+    _print_json(_run(url, api_key, tenant, lambda c: c.call("POST", f"/api/sessions/{session_id}/keepalive")))
 
 
 @slots_app.command("list")
@@ -263,8 +306,8 @@ def _settings() -> Settings:
         raise typer.Exit(2) from None
 
 
-def _print_session(session: dict[str, Any]) -> None:
-    out.print_json(orjson.dumps(session).decode())
+def _print_json(answer: dict[str, Any]) -> None:
+    out.print_json(orjson.dumps(answer).decode())
 
 
 def _run(url: str, api_key: str | None, tenant: str | None, work: Any) -> Any:
@@ -284,7 +327,10 @@ def _run(url: str, api_key: str | None, tenant: str | None, work: Any) -> Any:
     except aiohttp.ClientError as error:
         err.print(f"The service at {url} cannot be reached: {error}", style="red", markup=False)
     except KeyboardInterrupt:
-        err.print("interrupted; the task is cancelled when nobody reads it for a while", style="yellow")
+        message = (
+            "interrupted; a task that nobody reads is cancelled after a while, but for one with --detach"
+        )
+        err.print(message, style="yellow")
     raise typer.Exit(1)
 
 

@@ -7,41 +7,42 @@ two decisions can interleave. Effects run as tasks that the engine owns and come
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import structlog
 
-from gpu_server.attendant import Attendant, Plan
-from gpu_server.carwash import CarWash, worker_name
+from gpu_server.attendant import Attendant
+from gpu_server.carwash import CarWash
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
-from gpu_server.core.admission import RETRY_AFTER_SECONDS
-from gpu_server.core.errors import CertificateRejected, FailureCode, Refusal, RefusalCode
+from gpu_server.core.admission import RETRY_AFTER_SECONDS, known_request
+from gpu_server.core.errors import CertificateRejected, Refusal, RefusalCode
 from gpu_server.core.node import Node
-from gpu_server.core.sessions import TaskType
+from gpu_server.core.notices import UNNUMBERED
+from gpu_server.core.rows import Change, Table
+from gpu_server.core.sessions import RequestKey, TaskState, TaskType
 from gpu_server.core.slots import Tier
 from gpu_server.drivers.run_folder import RunFolders
+from gpu_server.drivers.spool import Spool
+from gpu_server.inputs import Inputs
+from gpu_server.launch import Launcher
 from gpu_server.ports import (
     Clock,
     ContainerRuntime,
-    Contract,
-    ModelStore,
-    RunFolder,
+    Journal,
+    JournalFailing,
     SlotReading,
-    StartRefused,
     WorkerExit,
-    WorkerSpec,
+    worker_name,
 )
-from gpu_server.presets import Preset
-from gpu_server.stream import Streams
+from gpu_server.stream import Stream
+from gpu_server.streams import Streams
 
-UNNUMBERED = frozenset({"queue", "progress"})
-MAX_QUEUED_BYTES = 256 << 20
+HANDOVER_SECONDS = 1
+_GRANTED = (ev.TaskSubmitted, ev.SessionRequested)
 
 log = structlog.get_logger()
 
@@ -56,11 +57,12 @@ class Submission:
     tier: Tier | None
     model_id: str
     task_preset: str
-    preset: Preset
     session_id: str | None
     new_session_id: str
     timeout: float
     body: bytes
+    detached: bool = False
+    key: RequestKey | None = None
 
 
 class Engine:
@@ -74,33 +76,36 @@ class Engine:
         self,
         node: Node,
         *,
+        journal: Journal,
+        spool: Spool,
         streams: Streams,
         runtime: ContainerRuntime,
         folders: RunFolders,
-        models: ModelStore,
+        inputs: Inputs,
+        launcher: Launcher,
         clock: Clock,
         wash_give_up: float,
-        worker_uid_base: int,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self.node, self.streams, self.clock, self.runtime = node, streams, clock, runtime
         self.broken: str | None = None
+        self.handed_over = False
         self.readings: Mapping[str, SlotReading] = {}
-        self.wash = CarWash(runtime, folders, clock, give_up=wash_give_up, is_live=self._is_served)
+        self.wash = CarWash(runtime, folders, clock, give_up=wash_give_up, served_by=self._served_by)
         self.on_decided: Callable[[], None] = lambda: None
         self.attendants: dict[str, Attendant] = {}
-        self._folders, self._models = folders, models
-        self._uid_base, self._on_broken = worker_uid_base, on_broken
-        self._presets: dict[str, Preset] = {}
-        self._bodies: dict[str, bytes] = {}
-        self._queued_bytes = 0
+        self._journal, self._spool, self._folders = journal, spool, folders
+        self._inputs, self._launcher, self._on_broken = inputs, launcher, on_broken
+        self._decided = asyncio.Event()
+        self._not_sent: list[fx.SendTask] = []
         self._washes: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Own all work until the block ends, then stop it; `shut_down` before that leaves nothing behind."""
+        """Own all work until the block ends, then stop it; `shut_down` before that leaves nothing behind.
+        Without it containers are left as they are, for the next life to adopt."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             await self.runtime.open(self.heard_exit)
@@ -133,12 +138,29 @@ class Engine:
     # -- deciding -------------------------------------------------------------------------------------------
 
     def decide(self, event: ev.Event) -> None:
-        """Decide on one event and start what follows. Raises `Refusal` for a request that is not granted."""
+        """Decide on one event and start what follows. Raises `Refusal` for a request that is not granted.
+
+        1. The node decides. 2. What readers are told is put into its streams, in the spool first. 3. All rows
+        that changed are journalled, in one transaction. 4. Everything else starts. No reader sees (2) before
+        (3), since nothing here waits; a process that dies between them has told nobody.
+        """
         if self.broken is not None:
             raise Refusal(RefusalCode.INTERNAL, "the service has met a bug and is stopping")
+        if self.handed_over and isinstance(event, ev.Request):
+            message = "the service is being replaced by another version"
+            raise Refusal(RefusalCode.SHUTTING_DOWN, message, retry_after=HANDOVER_SECONDS)
         try:
-            for effect in self.node.handle(event, self.clock.now()):
-                self._start(effect)
+            effects = self.node.handle(event, self.clock.now())
+            for effect in effects:
+                if isinstance(effect, fx.Publish):
+                    self._publish(effect)
+            self.save()
+            refused = self._journal.failing is not None and isinstance(event, _GRANTED)
+            for effect in effects:
+                if refused and isinstance(effect, fx.SendTask):
+                    self._not_sent.append(effect)  # it will be withdrawn: no worker must see it
+                elif not isinstance(effect, fx.Publish):
+                    self._start(effect)
         except Refusal:
             raise
         except CertificateRejected as rejected:
@@ -147,6 +169,7 @@ class Engine:
         except Exception as error:
             self._break(f"{type(event).__name__}: {error!r}")
             raise
+        self._decided.set()
         self.on_decided()
 
     def report(self, event: ev.Event) -> None:
@@ -158,40 +181,120 @@ class Engine:
         log.critical("engine.broken", why=why, exc_info=True)
         if self.broken is None:
             self.broken = why
+            self._decided.set()  # a drain need not wait any longer
             self._on_broken()
+
+    # -- remembering ----------------------------------------------------------------------------------------
+
+    @property
+    def storage_doubt(self) -> str | None:
+        """Why what is decided now would not outlive this process, or None."""
+        return self._journal.failing or self.streams.fault
+
+    def save(self) -> None:
+        """Journal what has changed, and what could not be written before. While that fails the service goes
+        on with the work it has; `submit` and `request_session` take no more."""
+        if self.broken is not None:
+            return  # what a bug left half-made is not to outlive it
+        changes = self.node.take_changes()
+        self._keep_words(changes)
+        failing = self._journal.failing
+        try:
+            self._journal.write(changes)
+        except JournalFailing as error:
+            if failing is None:
+                log.error("journal.failing", reason=str(error))
+        else:
+            if failing is not None:
+                log.warning("journal.recovered")
+
+    async def tend_storage(self) -> None:
+        """Now and then: try again what could not be written, and let the journal's log not grow for ever."""
+        self.streams.mend()
+        if self._journal.failing is not None:
+            self.save()
+        elif self._journal.wants_checkpoint:
+            await asyncio.to_thread(self._journal.checkpoint)
+
+    def _keep_words(self, changes: list[Change]) -> None:
+        """What workers said about their ends: never on a disk, but in the spool beside their events."""
+        for change in changes:
+            words: dict[str, str] = {}
+            if change.table is Table.SESSIONS and (session := self.node.sessions.get(change.id)) is not None:
+                if session.log_tail:
+                    words["log_tail"] = session.log_tail
+                failure = session.failure
+            elif change.table is Table.TASKS and (task := self.node.tasks.get(change.id)) is not None:
+                failure = task.failure
+            else:
+                continue
+            if failure is not None and failure.from_worker:
+                words["message"] = failure.message
+            if words:
+                try:
+                    self._spool.put_note(change.id, words)
+                except OSError as error:
+                    log.warning("words.not_kept", id=change.id, reason=str(error))
+
+    def _require_storage(self) -> None:
+        """Raises `Refusal` while a request that was granted might be forgotten."""
+        if self._journal.failing is not None:
+            self.save()
+        self.streams.mend()
+        if (doubt := self.storage_doubt) is not None:
+            raise _not_stored(doubt)
+
+    def _withdraw_unless_stored(self, *, task_id: str | None, session_id: str | None) -> None:
+        """A request that was granted and could not be journalled is taken back. Raises `Refusal` then."""
+        if (doubt := self._journal.failing) is not None:
+            self.decide(ev.RequestWithdrawn(task_id=task_id, session_id=session_id))
+            not_sent, self._not_sent = self._not_sent, []
+            for order in not_sent:
+                self.report(
+                    ev.TaskEnded(
+                        session_id=order.session_id, task_id=order.task_id, state=TaskState.CANCELLED
+                    )
+                )
+            raise _not_stored(doubt)  # also where this was written: what is withdrawn was not granted
 
     # -- requests -------------------------------------------------------------------------------------------
 
-    def submit(self, submission: Submission) -> None:
-        """Admit a task: afterwards its stream is in `streams`. Raises `Refusal`, and then nothing is kept."""
-        task_id, session_id = submission.task_id, submission.new_session_id
-        if self._queued_bytes + len(submission.body) > MAX_QUEUED_BYTES:
-            message = f"the inputs of queued tasks together would pass {MAX_QUEUED_BYTES} bytes"
-            raise Refusal(RefusalCode.TOO_MUCH_QUEUED, message, retry_after=RETRY_AFTER_SECONDS)
-        self.streams.open(task_id)
-        self._bodies[task_id] = submission.body
-        self._queued_bytes += len(submission.body)
-        if submission.session_id is None:
-            self._presets[session_id] = submission.preset
+    def submit(self, submission: Submission) -> str:
+        """Admit a task: afterwards its stream is in `streams`. The task's id, which is that of an earlier one
+        when its key is known. Raises `Refusal`, and then nothing is kept."""
+        node, task_id, session_id = self.node, submission.task_id, submission.new_session_id
+        if submission.key is not None:
+            known = known_request(node.task_keys, node.tasks, submission.tenant, submission.key)
+            if known is not None:
+                return known
+        preset = self._launcher.find_preset(submission.model_id, submission.task_preset)
+        self._require_storage()
+        self._inputs.put(task_id, submission.body)
         try:
+            self.streams.open(task_id)
             self.decide(
                 ev.TaskSubmitted(
                     task_id=task_id,
                     tenant=submission.tenant,
                     task_type=submission.task_type,
                     tier=submission.tier,
-                    workload=submission.preset.workload(submission.model_id, submission.task_preset),
+                    workload=preset.workload(submission.model_id, submission.task_preset),
                     session_id=submission.session_id,
                     new_session_id=session_id,
                     timeout=submission.timeout,
+                    detached=submission.detached,
+                    key=submission.key,
                 )
             )
         except BaseException:
             self.streams.forget(task_id)
-            self._take_body(task_id)
-            self._presets.pop(session_id, None)
+            self._inputs.drop(task_id)
             raise
-        log.info("task.accepted", task_id=task_id, session_id=self.node.tasks[task_id].session_id)
+        self._withdraw_unless_stored(
+            task_id=task_id, session_id=session_id if submission.session_id is None else None
+        )
+        log.info("task.accepted", task_id=task_id, session_id=node.tasks[task_id].session_id)
+        return task_id
 
     def request_session(
         self,
@@ -201,19 +304,35 @@ class Engine:
         tier: Tier | None,
         model_id: str,
         task_preset: str,
-        preset: Preset,
-    ) -> None:
-        """Make a session ahead of its first task. Raises `Refusal`."""
-        workload = preset.workload(model_id, task_preset)
-        self._presets[session_id] = preset
-        try:
-            self.decide(
-                ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload)
-            )
-        except BaseException:
-            self._presets.pop(session_id, None)
-            raise
+        key: RequestKey | None = None,
+    ) -> str:
+        """Make a session ahead of its first task; its id, or that of an earlier one when its key is known.
+        Raises `Refusal`."""
+        if key is not None:
+            known = known_request(self.node.session_keys, self.node.sessions, tenant, key)
+            if known is not None:
+                return known
+        workload = self._launcher.find_preset(model_id, task_preset).workload(model_id, task_preset)
+        self._spool.probe()  # nothing of the request itself is kept there, so nothing else would tell
+        self._require_storage()
+        self.decide(
+            ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload, key=key)
+        )
+        self._withdraw_unless_stored(task_id=None, session_id=session_id)
         log.info("session.accepted", session_id=session_id)
+        return session_id
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    async def drain(self, patience: float) -> None:
+        """Take no more work, and let what was accepted end, for `patience` seconds at most."""
+        self.report(ev.DrainOrdered())
+        until = self.clock.now() + patience
+        while self.broken is None and self.clock.now() < until:
+            if not any(session.busy or session.queue for session in self.node.live_sessions()):
+                return
+            self._decided.clear()
+            await self.clock.sleep_until(until, wake=self._decided)
 
     async def shut_down(self, patience: float) -> bool:
         """End every session and wait for the washes, `patience` seconds at most; whether nothing is left."""
@@ -222,106 +341,67 @@ class Engine:
             await asyncio.wait(list(self._washes.values()), timeout=patience)
         return self.broken is None and not self._washes and not any(self.node.live_sessions())
 
+    def hand_over(self) -> None:
+        """Leave everything to the next life of the service: requests are refused, and streams end where they
+        are, to be taken up again there."""
+        self.handed_over = True
+        self.streams.close_readers()
+
     # -- effects --------------------------------------------------------------------------------------------
 
     def _start(self, effect: fx.Effect) -> None:
         match effect:
-            case fx.Publish():
-                self._publish(effect)
-            case fx.StartWorker():
-                self._start_worker(effect)
+            case fx.StartWorker(session_id=session_id):
+                log.info("session.starting", session_id=session_id, slots=effect.slot_ids, fence=effect.fence)
+                self._attend(session_id, effect.slot_ids).start()
+            case fx.AdoptWorker(session_id=session_id):
+                log.info("session.adopting", session_id=session_id, slots=effect.slot_ids, fence=effect.fence)
+                self._attend(session_id, effect.slot_ids).adopt(ready=effect.ready)
             case fx.SendTask(session_id=session_id, task_id=task_id):
-                stream = self.streams.get(task_id)
-                assert stream is not None, f"{task_id} has no stream"
-                self.attendants[session_id].send(task_id, self._take_body(task_id), stream)
+                self.attendants[session_id].send(task_id, self._inputs.get(task_id), self._stream(task_id))
+            case fx.ResumeTask(session_id=session_id, task_id=task_id):
+                stream = self.streams.get(task_id) or Stream(max_bytes=0)  # over, and its history is gone
+                self.attendants[session_id].send(task_id, self._inputs.get(task_id), stream)
             case fx.CancelTask(session_id=session_id, task_id=task_id):
                 self.attendants[session_id].cancel(task_id)
             case fx.WashSlots():
                 wash = self.spawn(f"wash {effect.fence} {effect.session_id}", self._wash(effect))
                 self._washes[id(effect)] = wash
                 wash.add_done_callback(lambda _: self._washes.pop(id(effect), None))
+            case fx.FinishTask(task_id=task_id):
+                self._inputs.drop(task_id)
+                self.streams.finished(task_id)
+                log.info("task.finished", task_id=task_id, status=effect.state)
             case fx.ForgetTask(task_id=task_id):
                 self.streams.forget(task_id)
+                self._spool.drop_note(task_id)
             case fx.ForgetSession(session_id=session_id):
-                self._presets.pop(session_id, None)
+                self._spool.drop_note(session_id)
             case _:
                 raise AssertionError(f"no one handles {effect}")
 
     def _publish(self, effect: fx.Publish) -> None:
-        stream = self.streams.get(effect.task_id)
-        assert stream is not None, f"{effect.task_id} has no stream"
+        stream = self._stream(effect.task_id)
         if effect.event in UNNUMBERED:
             stream.note(effect.event, effect.data)
-            return
-        stream.publish(effect.event, effect.data)
-        if effect.event == "task_finish":
-            self._take_body(effect.task_id)
-            self.streams.finished(effect.task_id)
-            log.info("task.finished", task_id=effect.task_id, status=effect.data["status"])
+        else:
+            stream.publish(effect.event, effect.data)
 
-    def _take_body(self, task_id: str) -> bytes:
-        """A task's input, which nobody needs here any more; empty when it was taken before."""
-        body = self._bodies.pop(task_id, b"")
-        self._queued_bytes -= len(body)
-        return body
+    def _stream(self, task_id: str) -> Stream:
+        stream = self.streams.get(task_id)
+        assert stream is not None, f"{task_id} has no stream"
+        return stream
 
-    def _start_worker(self, effect: fx.StartWorker) -> None:
-        session = self.node.sessions[effect.session_id]
-        preset, workload = self._presets[session.id], session.workload
-        slots = [self.node.slots[slot_id].spec for slot_id in effect.slot_ids]
-        number = list(self.node.slots).index(self.node.slots[effect.slot_ids[0]])
-        # Without root the run folder is our own, and a worker with another uid could not write its socket.
-        uid = self._uid_base + number if os.geteuid() == 0 else os.geteuid()
-        exec_task = session.queue[0] if preset.worker_contract is Contract.EXEC else None
-
-        def find_model() -> Path | None:
-            if preset.model == "none":
-                return None
-            try:
-                found = self._models.find(workload.model_id)
-            except ValueError:  # an id that cannot be a folder's name, such as name:tag
-                found = None
-            if found is None:
-                raise StartRefused(
-                    FailureCode.MODEL_MISSING, f"model {workload.model_id} is not in the model store"
-                )
-            return found
-
-        def spec(folder: RunFolder, model_path: Path | None) -> WorkerSpec:
-            return WorkerSpec(
-                name=worker_name(session.id, effect.fence),
-                session_id=session.id,
-                fence=effect.fence,
-                tenant=session.tenant,
-                task_id=exec_task,
-                contract=preset.worker_contract,
-                image=preset.docker_image,
-                command=tuple(preset.command) if preset.command else None,
-                process_command=tuple(preset.process_command) if preset.process_command else None,
-                env={
-                    **preset.env_vars,
-                    "MODEL_ID": workload.model_id,
-                    "TASK_PRESET": workload.task_preset,
-                },
-                gpu_uuids=tuple(slot.uuid for slot in slots if slot.is_gpu),
-                uid=uid,
-                model_path=model_path,
-                folder=folder,
-                limits=preset.limits,
-            )
-
-        plan = Plan(
-            session_id=session.id,
-            image=preset.docker_image,
-            contract=preset.worker_contract,
-            uid=uid,
-            task_input=self._bodies[exec_task] if exec_task else None,
-            find_model=find_model,
-            spec=spec,
+    def _attend(self, session_id: str, slot_ids: tuple[str, ...]) -> Attendant:
+        session, slots = self.node.sessions[session_id], [self.node.slots[slot_id] for slot_id in slot_ids]
+        attendant = self.attendants[session_id] = Attendant(
+            self._launcher.plan(session, slots), self.runtime, self._folders, self
         )
-        log.info("session.starting", session_id=session.id, slots=effect.slot_ids, fence=effect.fence)
-        attendant = self.attendants[session.id] = Attendant(plan, self.runtime, self._folders, self)
-        attendant.start()
+        return attendant
+
+    def delivered(self, task_id: str) -> None:
+        """A worker has this task for certain: its input is not needed here any more."""
+        self._inputs.drop(task_id)
 
     async def _wash(self, order: fx.WashSlots) -> None:
         """A wash that crashes has not proven anything: its slots are locked away, the node goes on."""
@@ -341,15 +421,18 @@ class Engine:
 
     async def _run_wash(self, order: fx.WashSlots) -> None:
         tail = ""
-        if order.session_id is not None:
-            await self.attendants[order.session_id].close()
-            tail = self.attendants[order.session_id].log_tail
+        # An earlier life may have ended the session: then nobody attends it in this one.
+        if (attendant := self.attendants.get(order.session_id or "")) is not None:
+            await attendant.close()
+            tail = attendant.log_tail
         async for outcome in self.wash.run(order, [self.node.slots[s].spec for s in order.slot_ids]):
             if isinstance(outcome, ev.ContainerGone):
                 self.attendants.pop(outcome.session_id, None)
                 outcome = replace(outcome, log_tail=tail)
             if isinstance(outcome, ev.WashFailed):
                 log.error("slot.quarantined", slots=outcome.slot_ids, reason=outcome.reason)
+            if isinstance(outcome, ev.WashPassed):
+                log.info("wash.passed", slot=outcome.certificate.slot_id, fence=outcome.certificate.fence)
             self.report(outcome)
         log.info("wash.done", session_id=order.session_id, slots=order.slot_ids, fence=order.fence)
 
@@ -361,6 +444,16 @@ class Engine:
         if attendant is not None and attendant.name == exit_.name:
             attendant.heard_exit(exit_)
 
-    def _is_served(self, session_id: str) -> bool:
-        """Whether this session has an attendant, or is about to: its container is then nobody's residue."""
-        return session_id in self.attendants
+    def _served_by(self, session_id: str) -> str | None:
+        """The name of the container that serves this session now; any other of that session is residue."""
+        if (attendant := self.attendants.get(session_id)) is not None:
+            return attendant.name
+        session = self.node.sessions.get(session_id)
+        if session is not None and session.tearing_down and not session.ended:
+            return worker_name(session.id, session.fence)  # its own wash takes it down, with its grace
+        return None
+
+
+def _not_stored(doubt: str) -> Refusal:
+    message = f"nothing new is taken while it could not be kept: {doubt}"
+    return Refusal(RefusalCode.STORAGE_FAILING, message, retry_after=RETRY_AFTER_SECONDS)

@@ -19,6 +19,7 @@ MAX_FRAME_BYTES = 1 << 20
 MAX_END_BYTES = 16 * 1024
 
 _FRAME = re.compile(rb"(?:id: ([1-9][0-9]{0,14})\n)?(event: ([a-z_]{1,32})\ndata: (\{[^\r\n]*\})\n\n)")
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class ProtocolFault(Exception):
@@ -33,6 +34,9 @@ class FrameSink(Protocol):
 
     def note(self, event: str, data: Mapping[str, Any]) -> None:
         """An event without a number."""
+
+    def miss(self, count: int) -> None:
+        """The worker dropped `count` events that nobody will get any more; numbers go on behind them."""
 
 
 def encode(event: str, data: Mapping[str, Any]) -> bytes:
@@ -92,11 +96,12 @@ def is_encodable(data: Mapping[str, Any]) -> bool:
 class FrameReader:
     """Reads one task's stream from its worker, in whatever pieces it comes, and passes it on in bulk.
 
-    `seq` is the number of the last event taken, from which a broken connection is taken up again.
+    `seq` is the number of the last event taken, from which a broken connection is taken up again; a reader
+    may begin behind events that another one took.
     """
 
-    def __init__(self, sink: FrameSink) -> None:
-        self.seq = 0
+    def __init__(self, sink: FrameSink, seq: int = 0) -> None:
+        self.seq = seq
         self.end: tuple[TaskState, Failure | None, Mapping[str, Any] | None] | None = None
         self._sink = sink
         self._rest = bytearray()
@@ -104,6 +109,13 @@ class FrameReader:
     def reconnected(self) -> None:
         """A new connection starts at a frame's beginning."""
         self._rest.clear()
+
+    def skip_to(self, seq: int) -> None:
+        """The worker has dropped what lies between the last event taken and event `seq`, and that one too."""
+        if seq <= self.seq:
+            raise ValueError(f"event {seq} is not ahead of {self.seq}")
+        missed, self.seq = seq - self.seq, seq
+        self._sink.miss(missed)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes. Raises `ProtocolFault`; what came before the fault is passed on."""
@@ -178,10 +190,15 @@ class FrameReader:
 
 
 def _end_of(data: dict[str, Any]) -> tuple[TaskState, Failure | None, Mapping[str, Any] | None]:
+    """A code that is no code is replaced: codes outlive the task, the worker's own words must not."""
     state = TaskState(data["status"])
     error = data.get("error")
-    failure = Failure(code=error["code"], message=error["message"]) if error else None
-    if failure is None and state is not TaskState.COMPLETED:
+    if state is TaskState.COMPLETED:
+        failure = None
+    elif error is not None:
+        code = error["code"] if _CODE.fullmatch(error["code"]) else FailureCode.TASK_FAILED
+        failure = Failure(code=code, message=error["message"], from_worker=True)
+    else:
         code = FailureCode.TASK_FAILED if state is TaskState.FAILED else FailureCode.TASK_CANCELLED
         failure = Failure(code=code, message=f"the worker ended the task as {state}")
-    return state, None if state is TaskState.COMPLETED else failure, data.get("usage")
+    return state, failure, data.get("usage")

@@ -7,12 +7,13 @@ Each Protocol has a real driver in `drivers/`, a fake in `tests/fakes`, and one 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Protocol
 
+from gpu_server.core.rows import Change, Rows
 from gpu_server.core.slots import SlotSpec
 
 
@@ -37,6 +38,10 @@ class StartRefused(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+class OutputLost(Exception):
+    """What a worker wrote cannot be read again from its beginning: it was not kept, or not all of it."""
 
 
 class RunFolderFault(Exception):
@@ -74,6 +79,11 @@ class Limits:
     tmp_size: int
     tmp_exec: bool
     shm_size: int
+
+
+def worker_name(session_id: str, fence: int) -> str:
+    """A container's name: creating it twice is creating it once."""
+    return f"gpu-server-{session_id}-{fence}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +128,7 @@ class WorkerOutput(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreatedWorker:
-    """A worker that exists and has not started. `output` was attached before the start and ends with it."""
+    """A worker that has not started yet. `output` was attached before the start and ends with the worker."""
 
     name: str
     container_id: str
@@ -133,6 +143,17 @@ class WorkerExit:
     session_id: str
     exit_code: int
     oom_killed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundWorker(CreatedWorker):
+    """A worker that was started before, by an earlier life of the service for one, taken up again.
+
+    `exit` is set when it has ended meanwhile (which `heard_exit` has told too, or will); then `output` ends
+    without waiting.
+    """
+
+    exit: WorkerExit | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,12 +176,19 @@ class ContainerRuntime(Protocol):
     name: Literal["docker", "process"]
     warnings: tuple[str, ...]
 
+    @property
+    def interruptions(self) -> int:
+        """How often the engine was lost: an output that was attached before that may lack its end."""
+
     async def open(self, heard_exit: Callable[[WorkerExit], None]) -> None:
         """Connect and start listening for exits; `heard_exit` is called on the event loop, once for each exit
         (again after a reconnect only for exits that were missed)."""
 
     async def close(self) -> None:
         """Stop listening. Workers are left as they are."""
+
+    async def ping(self, limit: float = 5.0) -> None:
+        """Ask for a sign of life, open or not. Raises `RuntimeUnreachable` within `limit` seconds."""
 
     async def require_image(self, image: str) -> None:
         """Make sure that `image` can be started here. Raises `StartRefused("image_missing", ...)`."""
@@ -170,7 +198,19 @@ class ContainerRuntime(Protocol):
         replaced. Raises `StartRefused`."""
 
     async def start(self, name: str) -> None:
-        """Start a created worker. Raises `StartRefused`."""
+        """Start a created worker, once: one that runs is left alone. Raises `StartRefused`, also for one that
+        ran and has ended: a program never runs twice."""
+
+    async def reattach(self, name: str, *, from_start: bool = False) -> FoundWorker | None:
+        """Take up a worker that an earlier life started; None if there is none, or it never started.
+
+        Its output comes from now on, or with `from_start` from its very first byte, which needs a runtime
+        that keeps what `exec` workers write: then each stream is in order, but how the two interleave may
+        differ from what an attached reader saw. An output that was attached before ends.
+
+        Raises `OutputLost` when `from_start` cannot be had. Reading such an output raises it too, once the
+        worker has written so much that the runtime may have dropped some.
+        """
 
     async def remove(self, name: str, *, grace: float) -> None:
         """SIGTERM, up to `grace` seconds, SIGKILL, remove with anonymous volumes. Returns only when the
@@ -228,3 +268,40 @@ class Clock(Protocol):
 
     async def sleep_until(self, when: float | None, *, wake: asyncio.Event | None = None) -> None:
         """Sleep to `when` (None: for ever), or until `wake` is set."""
+
+
+# -- the journal ------------------------------------------------------------------------------------------
+
+
+class JournalUnusable(Exception):
+    """The file must not be used: damaged, newer than this program, another program's, or out of reach. The
+    message says what to do. It has not been changed."""
+
+
+class JournalFailing(Exception):
+    """It could not be written now (disk full, I/O error). What was to be written is kept, and goes with the
+    next write."""
+
+
+class Journal(Protocol):
+    """What the service has decided, so that another life of it can go on. Already open."""
+
+    failing: str | None
+    """Why the last write failed; None once one has succeeded."""
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Whether `checkpoint` is due."""
+
+    def load(self) -> Rows:
+        """All rows that are written; within a table in the order in which they were first written."""
+
+    def write(self, changes: Iterable[Change]) -> None:
+        """Write these changes and all that are pending, all or none; does nothing where there is nothing.
+        Raises `JournalFailing`."""
+
+    def checkpoint(self) -> None:
+        """Tidy up what writing left. Blocks, and is called in a thread, while writing goes on."""
+
+    def close(self) -> None:
+        """Tidy up and let go of it. Closing twice is closing once."""

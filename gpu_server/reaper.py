@@ -10,6 +10,7 @@ import asyncio
 
 import structlog
 
+from gpu_server.carwash import reason_of
 from gpu_server.core import events as ev
 from gpu_server.core.slots import SlotState
 from gpu_server.engine import Engine
@@ -18,6 +19,7 @@ from gpu_server.ports import RuntimeUnreachable, SlotInventory, WorkerExit
 FOLDER_CHECK_SECONDS = 2.0
 RECONCILE_EVERY = 15  # rounds
 EXIT_NEWS_SECONDS = 0.2
+PING_SECONDS = 5.0
 
 log = structlog.get_logger()
 
@@ -62,7 +64,25 @@ class Reaper:
                 await self.read_devices()
             if number % RECONCILE_EVERY == 0:
                 await self.reconcile()
+            await self._engine.tend_storage()
             await clock.sleep_until(clock.now() + FOLDER_CHECK_SECONDS)
+
+    async def watch_runtime(self) -> None:
+        """Ask the runtime for a sign of life every few seconds, for ever: while it gives none, nobody is
+        started."""
+        engine = self._engine
+        while engine.broken is None:
+            try:
+                await engine.runtime.ping()
+                doubt = None
+            except RuntimeUnreachable as error:
+                doubt = f"the container runtime does not answer: {error}"
+            if (doubt is None) is not (engine.node.runtime_doubt is None):
+                log.warning("runtime.unreachable" if doubt else "runtime.reachable", reason=doubt)
+                engine.report(ev.RuntimeChecked(doubt=doubt))
+                if doubt is None:
+                    await self.reconcile()
+            await engine.clock.sleep_until(engine.clock.now() + PING_SECONDS)
 
     async def read_devices(self) -> None:
         """Health and memory of every slot, and who else is on its GPU."""
@@ -101,4 +121,4 @@ class Reaper:
                 )
             await engine.wash.remove_residue()
         except (RuntimeUnreachable, OSError) as error:
-            log.warning("reconcile.unreachable", reason=str(error))
+            log.warning("reconcile.unreachable", reason=reason_of(error))

@@ -6,8 +6,8 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,17 +18,31 @@ from ulid import ULID
 from gpu_server import presets
 from gpu_server.core import events as ev
 from gpu_server.core.node import Node
-from gpu_server.drivers.clock import BootClock
+from gpu_server.core.rows import RowsUnusable
+from gpu_server.drivers.clock import BootClock, boot_id
 from gpu_server.drivers.docker import DockerRuntime
 from gpu_server.drivers.inventory import choose_inventory
+from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.models import FolderModelStore
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.drivers.run_folder import RunFolders
+from gpu_server.drivers.spool import Spool
 from gpu_server.engine import Engine
-from gpu_server.ports import Clock, ContainerRuntime, ModelStore, RuntimeUnreachable, SlotInventory
+from gpu_server.inputs import Inputs
+from gpu_server.launch import Launcher
+from gpu_server.ports import (
+    Clock,
+    ContainerRuntime,
+    JournalFailing,
+    JournalUnusable,
+    ModelStore,
+    RuntimeUnreachable,
+    SlotInventory,
+)
 from gpu_server.reaper import Reaper
+from gpu_server.recovery import recover
 from gpu_server.settings import Settings
-from gpu_server.stream import Streams
+from gpu_server.streams import Streams
 
 SHUTDOWN_EXTRA_SECONDS = 30.0
 
@@ -50,6 +64,7 @@ class Service:
     runtime: ContainerRuntime
     clock: Clock
     internal_key: str
+    fingerprint_key: bytes
     warnings: tuple[str, ...] = ()
 
 
@@ -57,18 +72,13 @@ class Service:
 async def open_service(
     settings: Settings, *, on_broken: Callable[[], None] = lambda: None
 ) -> AsyncIterator[Service]:
-    """Start everything, and at the end end every session and leave no container behind.
+    """Start everything, and take up what an earlier life left. At the end every session ends and no container
+    stays behind; but after `Engine.hand_over`, or a bug, all is left to the next life.
 
     Raises `StartRefusedByNode`, `PresetsError` or `InventoryError` with what to change.
     """
-    lock = _lock(settings.state_dir)
-    try:
-        loaded = presets.load(settings.model_presets_file, settings.allowed_docker_images)
-        for model_id, name, preset in loaded:
-            if not loaded.allows(preset.docker_image):
-                log.warning(
-                    "preset.image_not_allowed", model_id=model_id, preset=name, image=preset.docker_image
-                )
+    with closing(_lock(settings.state_dir)), _open_journal(settings.state_dir) as journal:
+        loaded = _load_presets(settings)
         instance = _instance_id(settings.state_dir)
         runtime = await _choose_runtime(settings, instance)
         inventory = await choose_inventory(
@@ -77,20 +87,41 @@ async def open_service(
             tiers=settings.gpu_device_difficulty,
         )
         slots = await inventory.discover()
-        clock, models = BootClock(), FolderModelStore(settings.models_dir)
-        # Fences grow from life to life of the service: each starts at the wall clock's milliseconds.
+        _own_run_dir(settings.run_dir)
+        spool = _open_spool(settings, instance)
+        clock, models, inputs = BootClock(), FolderModelStore(settings.models_dir), Inputs(spool)
+        streams = Streams(
+            max_bytes_each=settings.stream_history_bytes,
+            max_bytes_total=settings.stream_total_bytes,
+            spool=spool,
+        )
+        # Fences grow from life to life also where the journal was lost: none begins below the wall clock.
         node = Node(settings.rules(), first_fence=time.time_ns() // 1_000_000)
+        # Before the journal says that this boot is known: a start that is refused has not noticed a reboot.
+        _enter_runtime(settings.state_dir, runtime.name)
+        with _refusing_to_start(settings):
+            rebooted = recover(
+                node,
+                journal=journal,
+                spool=spool,
+                streams=streams,
+                inputs=inputs,
+                boot_id=boot_id(),
+                wall_offset=time.time() - clock.now(),
+            )
         engine = Engine(
             node,
-            streams=Streams(
-                max_bytes_each=settings.stream_history_bytes, max_bytes_total=settings.stream_total_bytes
-            ),
+            journal=journal,
+            spool=spool,
+            streams=streams,
             runtime=runtime,
             folders=RunFolders(_session_folders(settings, instance)),
-            models=models,
+            inputs=inputs,
+            launcher=Launcher(
+                find_preset=loaded.get, models=models, inputs=inputs, uid_base=settings.worker_uid_base
+            ),
             clock=clock,
             wash_give_up=settings.wash_give_up_seconds,
-            worker_uid_base=settings.worker_uid_base,
             on_broken=on_broken,
         )
         service = Service(
@@ -101,26 +132,29 @@ async def open_service(
             runtime=runtime,
             clock=clock,
             internal_key=settings.internal_api_key or _own_key(settings.state_dir),
+            fingerprint_key=spool.secret()[0],
             warnings=(*runtime.warnings, *_warnings(settings)),
         )
-        _own_run_dir(settings.run_dir)
-        _enter_runtime(settings.state_dir, runtime.name)
         async with engine.running():
             _start_work(engine, inventory, settings)
-            engine.report(ev.NodeStarted(slots=slots))
+            engine.report(ev.NodeStarted(slots=slots, rebooted=rebooted))
             for warning in service.warnings:
                 log.warning("service.warning", warning=warning)
             log.info("service.started", runtime=runtime.name, slots=[slot.id for slot in slots])
+            in_order = False
             try:
                 yield service
+                in_order = True
             finally:
-                if await engine.shut_down(settings.stop_grace_seconds + SHUTDOWN_EXTRA_SECONDS):
+                patience = settings.stop_grace_seconds + SHUTDOWN_EXTRA_SECONDS
+                # Whoever failed to serve, on a port that is taken for one, must not end what was adopted.
+                failed = not in_order and any(node.live_sessions())
+                leave = engine.handed_over or engine.broken is not None or failed
+                if not leave and await engine.shut_down(patience):
                     (settings.state_dir / "runtime").unlink(missing_ok=True)
                     with suppress(OSError):  # there is none, or it is not empty
                         _session_folders(settings, instance).rmdir()
-        log.info("service.stopped")
-    finally:
-        lock.close()
+        log.info("service.handed_over" if engine.handed_over else "service.stopped")
 
 
 def new_id(kind: str) -> str:
@@ -132,6 +166,7 @@ def _start_work(engine: Engine, inventory: SlotInventory, settings: Settings) ->
     reaper = Reaper(engine, inventory, reading_interval=settings.gpu_metrics_refresh_interval)
     engine.spawn("reaper: ticks", reaper.ticks())
     engine.spawn("reaper: rounds", reaper.rounds())
+    engine.spawn("reaper: runtime", reaper.watch_runtime())
 
 
 async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
@@ -161,6 +196,54 @@ def _own_run_dir(run_dir: Path) -> None:
         raise StartRefusedByNode(
             f"RUN_DIR {run_dir} must belong to the service, and nobody else may write there"
         )
+
+
+@contextmanager
+def _refusing_to_start(settings: Settings) -> Iterator[None]:
+    """What an earlier life left cannot be used: say what, and touch nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise StartRefusedByNode(f"RUN_DIR {settings.run_dir} cannot be used: {error}") from error
+    except (JournalUnusable, JournalFailing) as error:
+        raise StartRefusedByNode(f"the journal in STATE_DIR cannot be used: {error}") from error
+    except RowsUnusable as error:
+        path = settings.state_dir / "journal.db"
+        raise StartRefusedByNode(
+            f"the journal {path} cannot be used: {error}. To go on without it, move it away: the service then"
+            " starts without memory of its sessions, and removes their containers."
+        ) from error
+
+
+@contextmanager
+def _open_journal(state_dir: Path) -> Iterator[SqliteJournal]:
+    journal = SqliteJournal(state_dir / "journal.db")
+    try:
+        journal.open()
+    except JournalUnusable as error:
+        raise StartRefusedByNode(f"the journal in STATE_DIR cannot be used: {error}") from error
+    try:
+        yield journal
+    finally:
+        with suppress(JournalFailing):  # what could not be written until now
+            journal.write(())
+        journal.close()
+
+
+def _load_presets(settings: Settings) -> presets.Presets:
+    loaded = presets.load(settings.model_presets_file, settings.allowed_docker_images)
+    for model_id, name, preset in loaded:
+        if not loaded.allows(preset.docker_image):
+            log.warning("preset.image_not_allowed", model_id=model_id, preset=name, image=preset.docker_image)
+    return loaded
+
+
+def _open_spool(settings: Settings, instance: str) -> Spool:
+    """Beside the run folders, and closed to everybody else."""
+    spool = Spool(settings.run_dir / f"{instance[:8]}.kept")
+    with _refusing_to_start(settings):
+        spool.open()
+    return spool
 
 
 def _enter_runtime(state_dir: Path, name: str) -> None:

@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     stop_grace_seconds: SecondsFromZero = 10.0
     cancel_grace_seconds: Seconds = 10.0
     lifetime_grace_seconds: Seconds = 30.0
+    shutdown_grace_seconds: SecondsFromZero = 30.0
     disconnect_grace_seconds: Annotated[float, Field(ge=1, le=MAX_SECONDS)] = 30.0
     task_retention_seconds: Seconds = 600.0
     tombstone_retention_seconds: Seconds = 3600.0

@@ -1,33 +1,25 @@
-"""Event histories of tasks: bounded replay, then live.
+"""The event history of one task: bounded replay, then live.
 
 One writer (the engine for the service's own events, the worker link for the worker's) and any number of
 readers, none of which can slow the writer or each other. Events are kept encoded, in segments: what came in
-one piece is stored, and written to a reader, in one piece.
+one piece is stored, in memory and in the spool, and written to a reader, in one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any
 
+from gpu_server.drivers.spool import History, Record
 from gpu_server.frames import encode
 
 MAX_WRITE_BYTES = 256 * 1024
-_SEGMENT_OVERHEAD = 160  # bytes of Python objects around a segment's own bytes, so that the bounds hold
+# Bytes of Python objects around a segment's own bytes, so that the bounds hold.
+_SEGMENT_OVERHEAD = 208
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Some events, encoded: numbers `first` to `last`, or one unnumbered event (`first` > `last`)."""
-
-    first: int
-    last: int
-    data: bytes
-
-
-class _Budget:
+class Budget:
     """Bytes kept by all streams together."""
 
     __slots__ = ("used",)
@@ -37,43 +29,60 @@ class _Budget:
 
 
 class Stream:
-    """One task's events, numbered from 1 without holes. `max_bytes` bounds what is kept for replay.
+    """One task's events, numbered from 1. `max_bytes` bounds what is kept for replay.
 
     Events without a number (`queue`, `progress`) repeat the last number, go to whoever reads at the time, and
     are not replayed; only those that came since the last numbered event are shown to a new reader, because
     they are the present state.
+
+    A numbered event is in `file` before any reader can see it, so that another life of the service goes on
+    with the same numbers (`restore`). When the file cannot be written, `on_fault` hears of it once, and the
+    stream goes on in memory.
     """
 
-    def __init__(self, max_bytes: int, budget: _Budget | None = None) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        budget: Budget | None = None,
+        file: History | None = None,
+        on_fault: Callable[[OSError], None] = lambda _: None,
+    ) -> None:
         self.last_id = 0
         self.finished = False
         self.size = 0
         self._max_bytes = max_bytes
-        self._budget = budget or _Budget()
-        self._segments: list[_Segment] = []
+        self._budget = budget or Budget()
+        self._file, self._on_fault = file, on_fault
+        self._told = 0  # how many of the events so far were the service's own
+        # One that is unnumbered has its `first` behind its `last`.
+        self._segments: list[Record] = []
         self._head = 0  # index of the first segment that is kept
         self._dropped = 0  # its serial number: how many were dropped before it
         self._notes: dict[str, bytes] = {}
         self._readers: set[asyncio.Event] = set()
+        self._readers_closed = False
 
     # -- writing ------------------------------------------------------------------------------------------
 
     def publish(self, event: str, data: Mapping[str, Any]) -> None:
-        """Append one numbered event; after `task_finish` the stream takes nothing more."""
+        """Append a numbered event of the service's own; after `task_finish` the stream takes nothing more."""
         if self.finished:
             return
-        self.relay([encode(event, data)])
+        body = encode(event, data)
+        self._told += 1
+        self._write([body], own=True)
         self.finished = event == "task_finish"
 
     def relay(self, bodies: list[bytes]) -> None:
-        """Append events that are encoded but for their `id:` line."""
-        if self.finished or not bodies:
-            return
-        first = self.last_id + 1
-        self.last_id += len(bodies)
-        pieces = [b"id: %d\n%b" % (number, body) for number, body in enumerate(bodies, first)]
-        self._notes.clear()
-        self._append(_Segment(first, self.last_id, b"".join(pieces)))
+        """Append events of the worker that are encoded but for their `id:` line."""
+        if not self.finished and bodies:
+            self._write(bodies, own=False)
+
+    def miss(self, count: int) -> None:
+        """The worker has dropped `count` events: the numbers go on behind them, and readers get a `gap`."""
+        if not self.finished:
+            self.last_id += count
+            self._notes.clear()
 
     def note(self, event: str, data: Mapping[str, Any]) -> None:
         """Tell the present readers something that has no number."""
@@ -82,13 +91,74 @@ class Stream:
         frame = b"id: %d\n%b" % (self.last_id, encode(event, data))
         self._notes[event] = frame
         if self._readers:
-            self._append(_Segment(self.last_id + 1, self.last_id, frame))
+            self._keep(Record(True, self._told, self.last_id + 1, self.last_id, frame))
 
-    def forget(self) -> None:
-        """Drop the history of a finished task but its last event."""
+    def mirror(self, file: History) -> None:
+        """Write what is kept into a new file, and go on with it. Raises OSError."""
+        self.close_file()
+        for segment in self._segments[self._head :]:
+            if segment.first <= segment.last:
+                file.append(segment)
+        self._file = file
+
+    def close_file(self) -> None:
+        """Let go of the file. What is written from here on is in memory alone."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _write(self, bodies: list[bytes], *, own: bool) -> None:
+        first = self.last_id + 1
+        last = self.last_id + len(bodies)
+        data = b"".join([b"id: %d\n%b" % (number, body) for number, body in enumerate(bodies, first)])
+        segment = Record(own, self._told, first, last, data)
+        if self._file is not None:
+            try:
+                self._file.append(segment)
+            except OSError as error:
+                self.close_file()
+                self._on_fault(error)
+        self.last_id = last
+        self._notes.clear()
+        self._keep(segment)
+
+    # -- keeping ------------------------------------------------------------------------------------------
+
+    @property
+    def worker_seq(self) -> int:
+        """The worker's own number of its last event that is here, or was missed; 0 when there is none."""
+        return self.last_id - self._told
+
+    def worker_frames(self) -> bytes:
+        """The worker's numbered events, as far back as they are kept."""
+        return b"".join(
+            segment.data
+            for segment in self._segments[self._head :]
+            if not segment.own and segment.first <= segment.last
+        )
+
+    def restore(self, records: Iterable[Record], told: int = 0) -> None:
+        """Take up, in a new stream, what an earlier life has recorded, as far back as `max_bytes` allow.
+
+        `told` is how many events of its own the service has published. Those of them that are in no record
+        are lost to readers, but keep their numbers.
+        """
+        last: Record | None = None
+        for last in records:
+            self._keep(last)
+        if last is not None:
+            self.last_id, self._told = last.last, last.told
+            self.finished = last.own and last.data.startswith(b"id: %d\nevent: task_finish\n" % last.last)
+        if told > self._told and not self.finished:
+            self.last_id += told - self._told
+            self._told = told
+
+    def forget(self) -> Record:
+        """Drop the history of a finished task but its last event, which is returned."""
         self._trim(0)
+        return self._segments[-1]
 
-    def _append(self, segment: _Segment) -> None:
+    def _keep(self, segment: Record) -> None:
         self._segments.append(segment)
         self._account(len(segment.data) + _SEGMENT_OVERHEAD)
         if self.size > self._max_bytes:
@@ -120,21 +190,26 @@ class Stream:
         """Everything after event `after`, then live, until `task_finish` has been given out.
 
         Each item is one or more whole frames. A reader that has fallen out of the history gets `gap`
-        {from, to} and goes on behind it.
+        {from, to} and goes on behind it. One that knows of more than is here, which a lost file can bring
+        about, gets nothing that it has already; but the end it gets in any case. `close_readers` ends this
+        before the end.
         """
         wake = asyncio.Event()
         self._readers.add(wake)
         try:
             last, serial, live_from = after, self._dropped, self._end
             notes, notes_id = b"".join(self._notes.values()), self.last_id
-            while True:
+            while not self._readers_closed:
                 pieces: list[bytes] = []
                 size = 0
                 serial = max(serial, self._dropped)
                 while size < MAX_WRITE_BYTES:
+                    if serial == self._end and last < self.last_id:  # nothing is left that would tell
+                        pieces.append(_gap(last, self.last_id))
+                        last = self.last_id
                     if notes and serial >= live_from:
                         # Here they belong: behind what was there when the reader came, before what is live.
-                        if last >= notes_id and serial == live_from:
+                        if last == notes_id and serial == live_from:
                             pieces.append(notes)
                         notes = b""
                     if serial == self._end:
@@ -146,7 +221,7 @@ class Stream:
                     if segment.first > last + 1:
                         pieces.append(_gap(last, segment.first - 1))
                         last = segment.first - 1
-                    if segment.first > segment.last:
+                    if segment.first > segment.last == last:
                         data = segment.data
                     elif segment.last <= last:
                         continue
@@ -159,63 +234,28 @@ class Stream:
                     yield b"".join(pieces)
                     continue
                 if self.finished:
+                    if last > self.last_id:
+                        yield self._segments[-1].data
                     return
                 wake.clear()
                 await wake.wait()
         finally:
             self._readers.discard(wake)
 
+    def close_readers(self) -> None:
+        """End every `read`, now and from here on, wherever it is. Writing goes on."""
+        self._readers_closed = True
+        for wake in self._readers:
+            wake.set()
+
 
 def _gap(last: int, to: int) -> bytes:
     return b"id: %d\n%b" % (last, encode("gap", {"from": last + 1, "to": to}))
 
 
-def _tail(segment: _Segment, after: int) -> bytes:
+def _tail(segment: Record, after: int) -> bytes:
     """The events of a segment that come after number `after`."""
     data, position = segment.data, 0
     for _ in range(after - segment.first + 1):
         position = data.index(b"\n\n", position) + 2
     return data[position:]
-
-
-class Streams:
-    """The streams of all tasks, within a bound for all of them together.
-
-    When the bound is passed, finished tasks lose their history, the ones that finished first at first; a
-    later reader of those gets a `gap` and the end.
-    """
-
-    def __init__(self, *, max_bytes_each: int, max_bytes_total: int) -> None:
-        self._each, self._total = max_bytes_each, max_bytes_total
-        self._budget = _Budget()
-        self._streams: dict[str, Stream] = {}
-        self._finished: dict[str, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    @property
-    def kept_bytes(self) -> int:
-        return self._budget.used
-
-    def open(self, task_id: str) -> Stream:
-        stream = self._streams[task_id] = Stream(self._each, self._budget)
-        return stream
-
-    def get(self, task_id: str) -> Stream | None:
-        return self._streams.get(task_id)
-
-    def finished(self, task_id: str) -> None:
-        """A task has ended: its history may now be dropped when room is needed."""
-        self._finished[task_id] = None
-        while self._budget.used > self._total and self._finished:
-            oldest = next(iter(self._finished))
-            del self._finished[oldest]
-            self._streams[oldest].forget()
-
-    def forget(self, task_id: str) -> None:
-        """The task's retention is over. Readers that are still there read to the end."""
-        self._finished.pop(task_id, None)
-        stream = self._streams.pop(task_id, None)
-        if stream is not None:
-            self._budget.used -= stream.size

@@ -1,4 +1,5 @@
-"""The main job, seen: start the service, run two tasks in one session and a one-off, print every event.
+"""The main job, seen: start the service, run two tasks in one session and a one-off, kill the service in the
+middle of a stream and start it again; print every event.
 
 Run it by ./scripts/demo.sh, which sets up what it needs. `--once` ends after the tasks.
 """
@@ -15,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def main() -> int:
 
 async def demo(*, once: bool) -> int:
     """The whole demonstration; its exit status."""
-    async with service() as (url, key):
+    async with service() as served:
+        url, key = served.url, served.key
         async with Client(url, key) as client:
             first = await show(
                 client,
@@ -84,13 +86,26 @@ async def demo(*, once: bool) -> int:
                     "metadata": {"prompt": "Here and gone."},
                 },
             )
+            killed = await show(
+                client,
+                "4. The service is killed (kill -9) in the middle of a stream, and started again",
+                {
+                    "task_type": "session",
+                    "model_id": "echo",
+                    "task_preset": "stream",
+                    "session_id": first["session_id"],
+                    "metadata": {"prompt": "Nothing is lost, and nothing comes twice. " * 2, "delay_ms": 250},
+                },
+                after_words=(3, served.kill_and_start),
+            )
             console.print(
                 f"\nFirst word after: [bold]{first['first_word']:.2f} s[/] with a cold start,"
                 f" [bold green]{second['first_word']:.3f} s[/] in the warm session."
             )
-            failed = [task for task in (first, second, oneoff) if task["status"] != "completed"]
+            tasks = (first, second, oneoff, killed)
+            failed = [task for task in tasks if task["status"] != "completed"]
             if failed:
-                console.print(f"[red]{len(failed)} of 3 tasks did not complete[/]")
+                console.print(f"[red]{len(failed)} of {len(tasks)} tasks did not complete[/]")
                 return 1
         if once:
             console.print(f"The service ran at {url} (interactive description at {url}/docs)")
@@ -106,8 +121,14 @@ async def demo(*, once: bool) -> int:
     return 0
 
 
-async def show(client: Client, title: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Submit a task and print each event with its time; what the summary needs."""
+async def show(
+    client: Client,
+    title: str,
+    body: dict[str, Any],
+    after_words: tuple[int, Callable[[], Awaitable[None]]] | None = None,
+) -> dict[str, Any]:
+    """Submit a task and print each event with its time; what the summary needs. `after_words`: after so many
+    words something is done."""
     console.print(f"\n[bold]{title}[/]")
     began, told = time.monotonic(), {"first_word": float("nan"), "session_id": "", "status": "failed"}
     async for event in client.submit(body):
@@ -124,44 +145,81 @@ async def show(client: Client, title: str, body: dict[str, Any]) -> dict[str, An
             end="",
         )
         console.print(details, markup=False)
+        if event.event == "text_delta" and after_words is not None:
+            words, do = after_words
+            after_words = (words - 1, do) if words > 1 else None
+            if words == 1:
+                await do()
     return told
 
 
+class Served:
+    """A service of its own: free port, temporary folders, random key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.key = secrets.token_urlsafe(24)
+        self._folder, self._log, self._port = folder, folder / "service.log", free_port()
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    async def start(self) -> dict[str, Any]:
+        """Start it; what /health says when it is ready."""
+        environment = {
+            **os.environ,
+            "HTTP_PORT": str(self._port),
+            "INTERNAL_API_KEY": self.key,
+            "STATE_DIR": str(self._folder / "state"),
+            "RUN_DIR": str(self._folder / "run"),
+            "MODEL_PRESETS_FILE": str(ROOT / "config" / "model_presets.yaml"),
+            "LOG_LEVEL": "warning",
+        }
+        with self._log.open("ab") as log_file:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "gpu_server.cli", "serve",
+                env=environment, cwd=self._folder, stdout=log_file, stderr=log_file, start_new_session=True,
+            )  # fmt: skip
+        return await until_ready(self.url, self._process, self._log)
+
+    async def kill_and_start(self) -> None:
+        """kill -9, and a new life."""
+        assert self._process is not None
+        console.print("             [bold red]kill -9[/]")
+        self._process.kill()
+        await self._process.wait()
+        began = time.monotonic()
+        await self.start()
+        console.print(
+            f"             [bold green]started again[/], ready after {time.monotonic() - began:.1f} s"
+        )
+
+    async def end(self) -> None:
+        """End it, containers and all."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+
+
 @asynccontextmanager
-async def service() -> AsyncIterator[tuple[str, str]]:
-    """A service of its own: free port, temporary folders, random key. Ends it, containers and all."""
+async def service() -> AsyncIterator[Served]:
+    """A running service; afterwards nothing is left of it."""
     shm = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="gpu-server-demo-", dir=shm if os.access(shm, os.W_OK) else None))
     folder.chmod(0o711)  # workers with uids of their own pass through to their run folders
-    port, key = free_port(), secrets.token_urlsafe(24)
-    environment = {
-        **os.environ,
-        "HTTP_PORT": str(port),
-        "INTERNAL_API_KEY": key,
-        "STATE_DIR": str(folder / "state"),
-        "RUN_DIR": str(folder / "run"),
-        "MODEL_PRESETS_FILE": str(ROOT / "config" / "model_presets.yaml"),
-        "LOG_LEVEL": "warning",
-    }
-    log = folder / "service.log"
-    with log.open("wb") as log_file:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gpu_server.cli", "serve",
-            env=environment, cwd=folder, stdout=log_file, stderr=log_file, start_new_session=True,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
+    served = Served(folder)
     try:
-        health = await until_ready(url, process, log)
+        health = await served.start()
         slots = ", ".join(f"{slot['id']} ({slot['name']})" for slot in health["gpus"])
-        console.print(f"[bold]gpu-server[/] at {url}, runtime [bold]{health['runtime']}[/], slots: {slots}")
+        runtime = health["runtime"]
+        console.print(f"[bold]gpu-server[/] at {served.url}, runtime [bold]{runtime}[/], slots: {slots}")
         for warning in health["warnings"]:
             console.print(f"[yellow]warning:[/] {warning}")
-        yield url, key
+        yield served
     finally:
-        if process.returncode is None:
-            process.terminate()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        await served.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 

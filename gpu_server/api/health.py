@@ -45,6 +45,8 @@ class Health(BaseModel):
     gpu_healthy: bool
     models_loaded: int
     gpus: list[SlotView]
+    runtime_reachable: bool
+    storage_healthy: bool
     active_sessions: int
     active_tasks: int
     waiting_sessions: int
@@ -63,15 +65,20 @@ def _report(service: Service, tenant: str | None) -> Health:
     live = list(node.live_sessions())
     slots = list(node.slots)
     usable = [s for s in slots if s.state is not SlotState.QUARANTINED and not (s.fault or s.doubt)]
-    washed = [s for s in usable if s.state is not SlotState.WASHING or s.fence]
+    washed = [s for s in usable if s.state is not SlotState.WASHING or s.fence]  # 0 is the wash at start
     if engine.broken is not None:
         status = "failed"
-    elif node.shutting_down:
+    elif node.shutting_down or engine.handed_over:
         status = "stopping"
     elif not washed:
         status = "starting" if usable else "unhealthy"
+    elif engine.storage_doubt is not None:
+        status = "unhealthy"  # what runs is served, and nothing new is taken
     else:
-        status = "ok" if len(usable) == len(slots) else "degraded"
+        well = len(usable) == len(slots) and node.runtime_doubt is None
+        status = "ok" if well else "degraded"
+    doubts = [doubt for doubt in (node.runtime_doubt, engine.storage_doubt) if doubt is not None]
+    warnings = [*service.warnings, *doubts]
     loaded = {s.workload.model_id for s in live if s.state in ("ready", "working")}
     return Health(
         status=status,
@@ -81,10 +88,12 @@ def _report(service: Service, tenant: str | None) -> Health:
         gpu_healthy=bool(slots) and len(usable) == len(slots),
         models_loaded=len(loaded),
         gpus=[slot_view(service, slot, tenant=tenant, in_full=tenant is not None) for slot in slots],
+        runtime_reachable=node.runtime_doubt is None,
+        storage_healthy=engine.storage_doubt is None,
         active_sessions=len(live) - len(node.line),
         active_tasks=sum(len(s.busy) + len(s.queue) for s in live),
         waiting_sessions=len(node.line),
-        warnings=list(service.warnings) if tenant is not None else [_HIDDEN] * bool(service.warnings),
+        warnings=warnings if tenant is not None else [_HIDDEN] * bool(warnings),
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gpu_server.api.auth import Tenant, TheService
 from gpu_server.api.bodies import BoundedRoute
+from gpu_server.api.preferences import IdempotencyKeys
 from gpu_server.api.views import SessionList, SessionView, session_view
 from gpu_server.core import events as ev
 from gpu_server.core.admission import owned_session
@@ -36,16 +37,15 @@ async def index(service: TheService, tenant: Tenant) -> SessionList:
 
 
 @router.post("", status_code=201)
-async def start(body: StartBody, service: TheService, tenant: Tenant) -> SessionView:
+async def start(body: StartBody, service: TheService, tenant: Tenant, keys: IdempotencyKeys) -> SessionView:
     """Start a session without a task. It idles like any other once its worker is ready."""
-    session_id = new_id("s")
-    service.engine.request_session(
-        session_id,
+    session_id = service.engine.request_session(
+        new_id("s"),
         tenant=tenant,
         tier=Tier(body.task_difficulty) if body.task_difficulty else None,
         model_id=body.model_id,
         task_preset=body.task_preset,
-        preset=service.presets.get(body.model_id, body.task_preset),
+        key=keys.key_of("session", body.model_dump()),
     )
     return session_view(service, service.engine.node.sessions[session_id])
 

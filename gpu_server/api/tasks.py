@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Header, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from gpu_server.api.auth import Tenant, TheService
 from gpu_server.api.bodies import BoundedRoute
+from gpu_server.api.preferences import IdempotencyKeys, RespondsAsync
 from gpu_server.api.views import TaskView, task_view
 from gpu_server.core import events as ev
 from gpu_server.core.admission import owned_task
@@ -28,6 +30,9 @@ router = APIRouter(prefix="/api/tasks", tags=["tasks"], route_class=BoundedRoute
 
 SSE: dict[int | str, dict[str, Any]] = {
     200: {"description": "Server-sent events", "content": {"text/event-stream": {}}}
+}
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"description": "Accepted; `Location` is the task's URL", "model": TaskView}
 }
 
 
@@ -45,14 +50,17 @@ class SubmitBody(BaseModel):
     timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
-@router.post("/submit", response_class=EventSourceResponse, responses=SSE)
-async def submit(body: SubmitBody, service: TheService, tenant: Tenant) -> Response:
-    """Submit a task and follow its events. The first is `connection`, the last `task_finish`."""
+@router.post("/submit", response_class=EventSourceResponse, responses={**SSE, **ACCEPTED})
+async def submit(
+    body: SubmitBody, service: TheService, tenant: Tenant, keys: IdempotencyKeys, detached: RespondsAsync
+) -> Response:
+    """Submit a task and follow its events. The first is `connection`, the last `task_finish`.
+
+    With `Prefer: respond-async` the answer is 202, with the task's URL in `Location`."""
     if body.session_id is not None and body.task_type == "oneoff":
         raise Refusal(
             RefusalCode.INVALID_REQUEST, "a oneoff task has a session of its own: leave out session_id"
         )
-    preset = service.presets.get(body.model_id, body.task_preset)
     submission = Submission(
         task_id=new_id("t"),
         tenant=tenant,
@@ -60,15 +68,20 @@ async def submit(body: SubmitBody, service: TheService, tenant: Tenant) -> Respo
         tier=Tier(body.task_difficulty) if body.task_difficulty else None,
         model_id=body.model_id,
         task_preset=body.task_preset,
-        preset=preset,
         session_id=body.session_id,
         new_session_id=new_id("s"),
         timeout=_timeout(service, body.timeout_seconds),
         body=orjson.dumps({"metadata": body.metadata}),
+        detached=detached,
+        key=keys.key_of("task", body.model_dump(), detached),
     )
-    service.engine.submit(submission)
+    task_id = service.engine.submit(submission)
+    if detached:
+        task = task_view(service, owned_task(service.engine.node, task_id, tenant))
+        headers = {"Location": f"/api/tasks/{task_id}", "Preference-Applied": "respond-async"}
+        return JSONResponse(task.model_dump(), status_code=202, headers=headers)
     await asyncio.sleep(0)  # the task is on its way to a warm worker while the response is being set up
-    return _follow(service, submission.task_id, after=0)
+    return _follow(service, task_id, after=0)
 
 
 @router.get("/{task_id}")
@@ -111,12 +124,13 @@ def _timeout(service: Service, asked: float | None) -> float:
 def _follow(service: Service, task_id: str, *, after: int) -> Response:
     stream = service.engine.streams.get(task_id)
     if stream is None:
-        raise Refusal(RefusalCode.TASK_NOT_FOUND, f"no task {task_id}", task_id=task_id)
-    after = min(after, stream.last_id)
+        message = f"the events of task {task_id} are not kept any more"
+        raise Refusal(RefusalCode.EVENTS_GONE, message, task_id=task_id)
     if stream.finished and after == stream.last_id:
         return Response(status_code=204)
     return EventSourceResponse(
         _read(service, task_id, stream, after),
+        headers={"Location": f"/api/tasks/{task_id}"},
         ping=service.settings.sse_ping_seconds,
         ping_message_factory=_ping,
         sep="\n",

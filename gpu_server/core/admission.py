@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.events import SessionRequested, TaskSubmitted
-from gpu_server.core.sessions import Session, Task, TaskType, Workload
+from gpu_server.core.sessions import RequestKey, Session, Task, TaskType, Workload
 from gpu_server.core.slots import Tier
 
 if TYPE_CHECKING:
@@ -29,6 +30,26 @@ def owned_task(node: Node, task_id: str, tenant: str) -> Task:
     if task is None or task.tenant != tenant:
         raise Refusal(RefusalCode.TASK_NOT_FOUND, f"no task {task_id}", task_id=task_id)
     return task
+
+
+def known_request(
+    known: Mapping[tuple[str, str], str],
+    entities: Mapping[str, Session] | Mapping[str, Task],
+    tenant: str,
+    key: RequestKey,
+) -> str | None:
+    """What this tenant's request with this key made before, or None. Raises `Refusal` when the key came with
+    another body then. A body that cannot be compared any more counts as the same: nothing is done twice."""
+    entity_id = known.get((tenant, key.name))
+    if entity_id is None:
+        return None
+    before = entities[entity_id].key
+    if before is not None and before.fingerprint and before.fingerprint != key.fingerprint:
+        raise Refusal(
+            RefusalCode.IDEMPOTENCY_MISMATCH,
+            f"Idempotency-Key {key.name} came with another body before, and made {entity_id} then",
+        )
+    return entity_id
 
 
 def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
@@ -109,8 +130,11 @@ def _admit_to_line(node: Node, workload: Workload, asked: Tier | None) -> None:
             f"the preset needs {workload.gpus} slot(s) that serve difficulty {tier};"
             f" this node has {node.slots.serving(tier)}",
         )
-    if node.line.could_start(workload.gpus, tier, node.slots):
+    if node.runtime_doubt is None and node.line.could_start(workload.gpus, tier, node.slots):
         return
+    if rules.gpu_wait_max <= 0 and node.runtime_doubt is not None:
+        message = f"no session can be started now: {node.runtime_doubt}"
+        raise Refusal(RefusalCode.RUNTIME_UNREACHABLE, message, retry_after=RETRY_AFTER_SECONDS)
     if rules.gpu_wait_max <= 0:
         raise Refusal(
             RefusalCode.NO_AVAILABLE_GPU,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gpu_server.core.sessions import TaskState
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
@@ -20,6 +22,26 @@ class StartWorker(Effect):
     session_id: str
     fence: int
     slot_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptWorker(Effect):
+    """Take up the session's container again, which an earlier life of the service started: WorkerReady, or
+    WorkerLost. One that was not `ready` then may not exist yet, and is then started."""
+
+    session_id: str
+    fence: int
+    slot_ids: tuple[str, ...]
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeTask(Effect):
+    """Follow a task that an earlier life sent, or was about to send, to the session's worker: TaskEnded or
+    WorkerLost. It never runs twice."""
+
+    session_id: str
+    task_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +73,20 @@ class WashSlots(Effect):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publish(Effect):
-    """Put one of the service's own events into a task's stream. `task_finish` ends the stream."""
+    """Put one of the service's own events into a task's stream, before the decision is journalled: readers
+    see it only afterwards. `task_finish` ends the stream."""
 
     task_id: str
     event: str
     data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishTask(Effect):
+    """The task has ended, and that is journalled: its input is not needed any more."""
+
+    task_id: str
+    state: TaskState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

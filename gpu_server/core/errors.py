@@ -32,11 +32,15 @@ class RefusalCode(StrEnum):
     NO_SUCH_CAPACITY = "no_such_capacity"
     GPU_WAIT_LINE_FULL = "gpu_wait_line_full"
     TOO_MUCH_QUEUED = "too_much_queued"
+    IDEMPOTENCY_MISMATCH = "idempotency_mismatch"
+    STORAGE_FAILING = "storage_failing"
+    EVENTS_GONE = "events_gone"
     OPERATOR_ONLY = "operator_only"
     SLOT_NOT_FOUND = "slot_not_found"
     SLOT_NOT_QUARANTINED = "slot_not_quarantined"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
+    RUNTIME_UNREACHABLE = "runtime_unreachable"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
 
@@ -61,6 +65,10 @@ class FailureCode(StrEnum):
     WORKER_UNREACHABLE = "worker_unreachable"
     RUN_FOLDER_FAULT = "run_folder_fault"
     RUNTIME_UNREACHABLE = "runtime_unreachable"
+    SERVICE_RESTARTED = "service_restarted"
+    NODE_RESTARTED = "node_restarted"
+    SLOT_LOST = "slot_lost"
+    STORAGE_FAILING = "storage_failing"
     NOT_CLEANED = "not_cleaned"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
@@ -70,11 +78,13 @@ class FailureCode(StrEnum):
 class Failure:
     """Why a task or a session ended badly: a stable code and a message a user can act on.
 
-    `code` is a `FailureCode`, or the worker's own code where the worker reported the failure.
+    `code` is a `FailureCode`, or the worker's own code where the worker reported the failure. `from_worker`:
+    the message holds the worker's own words, and so perhaps a tenant's data: it is never written to a disk.
     """
 
     code: str
     message: str
+    from_worker: bool = False
 
 
 class Refusal(Exception):

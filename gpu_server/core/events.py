@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_server.core.errors import Failure
-from gpu_server.core.sessions import CloseReason, TaskState, TaskType, Workload
+from gpu_server.core.sessions import CloseReason, RequestKey, TaskState, TaskType, Workload
 from gpu_server.core.slots import Certificate, SlotSpec, Tier
 
 
@@ -16,13 +16,19 @@ class Event:
     """Something that happened."""
 
 
-# -- requests: `Node.handle` raises `Refusal` for these, and then nothing has changed ----------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(Event):
+    """Somebody wants something: `Node.handle` may raise `Refusal`, and then nothing has changed."""
+
+
+# -- requests ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskSubmitted(Event):
+class TaskSubmitted(Request):
     """`session_id` None asks for a new session, which takes `new_session_id`. `tier` None means the session's
-    own, `low` for a new one. `timeout` counts from the start of the task, in seconds."""
+    own, `low` for a new one. `timeout` counts from the start of the task, in seconds. A `detached` task needs
+    no reader. `key` was looked up before: it is new."""
 
     task_id: str
     tenant: str
@@ -32,32 +38,44 @@ class TaskSubmitted(Event):
     session_id: str | None
     new_session_id: str
     timeout: float
+    detached: bool = False
+    key: RequestKey | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionRequested(Event):
+class SessionRequested(Request):
     session_id: str
     tenant: str
     tier: Tier | None
     workload: Workload
+    key: RequestKey | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionKillRequested(Event):
+class SessionKillRequested(Request):
     session_id: str
     tenant: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeepaliveRequested(Event):
+class KeepaliveRequested(Request):
     session_id: str
     tenant: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskCancelRequested(Event):
+class TaskCancelRequested(Request):
     task_id: str
     tenant: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestWithdrawn(Event):
+    """A request was admitted and could not be made durable, so its client is told no: end what it made.
+    `session_id` only where it made the session too. Its key is forgotten: the request may come again."""
+
+    task_id: str | None
+    session_id: str | None
 
 
 # -- facts ------------------------------------------------------------------------------------------------
@@ -65,9 +83,11 @@ class TaskCancelRequested(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStarted(Event):
-    """The slots of this machine. Each starts in washing, so nothing left over from before is leased."""
+    """The slots of this machine. What an earlier life left is taken up again; `rebooted` says that the
+    machine itself was restarted, so that nothing of it runs any more."""
 
     slots: tuple[SlotSpec, ...]
+    rebooted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +175,22 @@ class SlotChecked(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlotWashOrdered(Event):
+class SlotWashOrdered(Request):
     """An operator wants a quarantined slot washed again."""
 
     slot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeChecked(Event):
+    """Whether the container runtime answers: `doubt` says why it cannot be relied on now."""
+
+    doubt: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainOrdered(Event):
+    """Finish what has begun; new work is refused from here on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,18 +15,20 @@ How a session lives:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core import notices
 from gpu_server.core.admission import admit_session, admit_task, owned_session, owned_task
+from gpu_server.core.adoption import adopt
 from gpu_server.core.errors import Failure, FailureCode, Refusal, RefusalCode
 from gpu_server.core.sessions import (
     FAILED_REASONS,
     CloseReason,
     Expiry,
+    RequestKey,
     Rules,
     Session,
     SessionState,
@@ -35,30 +37,17 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import Slots, SlotState, Tier
-from gpu_server.core.timers import Alarm, Timers
+from gpu_server.core.slots import SlotState, Tier
+from gpu_server.core.state import NodeState
+from gpu_server.core.timers import Alarm
 from gpu_server.core.waitline import WaitLine
 
 
-class Node:
-    """The state of one node. Others may read `slots`, `sessions`, `tasks` and `line`; only `handle` writes.
-
-    `first_fence` must be higher than any fence of an earlier life of this node.
-    """
+class Node(NodeState):
+    """The decisions, over the state of one node. Only `handle` writes."""
 
     def __init__(self, rules: Rules, *, first_fence: int = 1) -> None:
-        self.rules = rules
-        self.slots = Slots()
-        self.sessions: dict[str, Session] = {}
-        self.tasks: dict[str, Task] = {}
-        self.line = WaitLine()
-        self.shutting_down = False
-        self._live: dict[str, Session] = {}
-        self._ended_tasks: dict[str, None] = {}
-        self._ended_sessions: dict[str, None] = {}
-        self._timers = Timers()
-        self._next_fence = first_fence
-        self._out: list[fx.Effect] = []
+        super().__init__(rules, first_fence=first_fence)
         self._on: Mapping[type[ev.Event], Callable[[Any, float], None]] = {
             ev.NodeStarted: self._node_started,
             ev.TaskSubmitted: self._task_submitted,
@@ -66,6 +55,7 @@ class Node:
             ev.SessionKillRequested: self._session_kill_requested,
             ev.KeepaliveRequested: self._keepalive_requested,
             ev.TaskCancelRequested: self._task_cancel_requested,
+            ev.RequestWithdrawn: self._request_withdrawn,
             ev.ReaderCame: self._reader_came,
             ev.ReaderLeft: self._reader_left,
             ev.StageReached: self._stage_reached,
@@ -78,6 +68,8 @@ class Node:
             ev.WashFailed: self._wash_failed,
             ev.SlotChecked: self._slot_checked,
             ev.SlotWashOrdered: self._slot_wash_ordered,
+            ev.RuntimeChecked: self._runtime_checked,
+            ev.DrainOrdered: self._drain_ordered,
             ev.ShutdownOrdered: self._shutdown_ordered,
             ev.Tick: self._tick,
         }
@@ -100,13 +92,6 @@ class Node:
         self._out = []
         self._on[type(event)](event, now)
         return self._out
-
-    def next_deadline(self) -> float | None:
-        """When `Tick` is due next, or None."""
-        return self._timers.next()
-
-    def live_sessions(self) -> Iterator[Session]:
-        return iter(self._live.values())
 
     def expiry(self, session: Session) -> Expiry:
         """The one statement of when this session will end if nothing happens."""
@@ -157,10 +142,13 @@ class Node:
             task_type=event.task_type,
             timeout=event.timeout,
             created_at=now,
+            detached=event.detached,
+            key=event.key,
         )
-        self.tasks[task.id] = task
+        self._add_task(task)
         session.queue.append(task.id)
-        self._timers.set(Alarm.DISCONNECT, task.id, now + self.rules.disconnect_grace)
+        self._touch_session(session.id)
+        self._await_reader(task, now)
         if session.state is SessionState.WAITING and session.id not in self.line:
             self._join_line(session, now)
             return
@@ -178,7 +166,14 @@ class Node:
         admit_session(self, event)
         tier = event.tier or Tier.LOW
         session = self._new_session(
-            event.session_id, event.tenant, event.workload, tier, TaskType.SESSION, now, asked_for=True
+            event.session_id,
+            event.tenant,
+            event.workload,
+            tier,
+            TaskType.SESSION,
+            now,
+            asked_for=True,
+            key=event.key,
         )
         self._join_line(session, now)
 
@@ -201,18 +196,34 @@ class Node:
         task = owned_task(self, event.task_id, event.tenant)
         self._stop_task(task, TaskState.CANCELLED, _CANCELLED, now)
 
+    def _request_withdrawn(self, event: ev.RequestWithdrawn, now: float) -> None:
+        if event.task_id is not None:
+            task = self.tasks[event.task_id]
+            self._forget_key(task, self.task_keys)
+            self._touch_task(task.id)
+            self._stop_task(task, TaskState.FAILED, _NOT_STORED, now)
+        if event.session_id is not None:
+            session = self.sessions[event.session_id]
+            self._forget_key(session, self.session_keys)
+            self._touch_session(session.id)
+            self._end(session, CloseReason.KILLED, _NOT_STORED, now)
+
     # -- readers ------------------------------------------------------------------------------------------
 
     def _reader_came(self, event: ev.ReaderCame, now: float) -> None:
         if (task := self.tasks.get(event.task_id)) is not None:
             task.readers += 1
-            self._timers.cancel(Alarm.DISCONNECT, task.id)
+            self._cancel_alarm(Alarm.DISCONNECT, task.id)
 
     def _reader_left(self, event: ev.ReaderLeft, now: float) -> None:
         if (task := self.tasks.get(event.task_id)) is not None:
             task.readers -= 1
-            if task.readers == 0 and not task.ended:
-                self._timers.set(Alarm.DISCONNECT, task.id, now + self.rules.disconnect_grace)
+            self._await_reader(task, now)
+
+    def _await_reader(self, task: Task, now: float) -> None:
+        """A task that nobody reads is cancelled after a while, unless it was submitted to run by itself."""
+        if task.readers == 0 and not task.ended and not task.detached:
+            self._set_alarm(Alarm.DISCONNECT, task.id, now + self.rules.disconnect_grace)
 
     def _disconnect_over(self, task_id: str, now: float) -> None:
         self._stop_task(self.tasks[task_id], TaskState.CANCELLED, _CLIENT_GONE, now)
@@ -220,23 +231,22 @@ class Node:
     # -- slots and the line -------------------------------------------------------------------------------
 
     def _node_started(self, event: ev.NodeStarted, now: float) -> None:
-        for spec in event.slots:
-            self.slots.add(spec)
-        self._out.append(
-            fx.WashSlots(session_id=None, fence=0, slot_ids=tuple(s.id for s in event.slots), grace=0.0)
-        )
+        adopt(self, event, now)
 
     def _join_line(self, session: Session, now: float) -> None:
         self.line.join(session)
         self._assign(now)
         if session.state is SessionState.WAITING:
-            self._timers.set(Alarm.GPU_WAIT, session.id, now + self.rules.gpu_wait_max)
+            self._set_alarm(Alarm.GPU_WAIT, session.id, now + self.rules.gpu_wait_max)
             for task_id in session.queue:
                 self._tell(notices.connection(task_id, "queued", session))
             self._tell_positions([session], ahead=len(self.line) - 1)
 
     def _assign(self, now: float) -> None:
-        """Start whoever may start now, in the order of the line."""
+        """Start whoever may start now, in the order of the line. While the runtime does not answer nobody
+        does: a start that is bound to fail would cost a session."""
+        if self.runtime_doubt is not None:
+            return
         moved = False
         while (start := self.line.next_start(self.slots)) is not None:
             session, slot_ids = start
@@ -252,9 +262,9 @@ class Node:
         self.slots.lease(slot_ids, session.id, session.fence)
         session.move(SessionState.PREPARING, f"leased {', '.join(slot_ids)} under fence {session.fence}")
         session.max_deadline = now + self.rules.max_lifetime
-        self._timers.cancel(Alarm.GPU_WAIT, session.id)
-        self._timers.set(Alarm.LIFETIME, session.id, session.max_deadline)
-        self._timers.set(Alarm.START, session.id, now + session.workload.start_timeout)
+        self._cancel_alarm(Alarm.GPU_WAIT, session.id)
+        self._set_alarm(Alarm.LIFETIME, session.id, session.max_deadline)
+        self._set_alarm(Alarm.START, session.id, now + session.workload.start_timeout)
         for task_id in session.queue:
             self._tell(notices.connection(task_id, "allocated", session))
         self._tell_positions([session])
@@ -264,7 +274,8 @@ class Node:
         session = self.sessions[session_id]
         failure = Failure(
             code=FailureCode.GPU_WAIT_TIMEOUT,
-            message=f"no GPU became free within {self.rules.gpu_wait_max:g} s",
+            message=f"no GPU became free within {self.rules.gpu_wait_max:g} s"
+            + (f"; {self.runtime_doubt}" if self.runtime_doubt else ""),
         )
         self._end(session, CloseReason.NO_AVAILABLE_GPU, failure, now, tasks_become=TaskState.TIMEOUT)
 
@@ -312,8 +323,9 @@ class Node:
 
     def _worker_created(self, event: ev.WorkerCreated, now: float) -> None:
         session = self._session_in(event.session_id, SessionState.PREPARING)
-        if session is not None:
+        if session is not None and session.container_id != event.container_id:
             session.container_id = event.container_id
+            self._touch_session(session.id)
             self._tell(*(notices.worker(t, "created", session) for t in session.queue))
 
     def _worker_ready(self, event: ev.WorkerReady, now: float) -> None:
@@ -321,8 +333,9 @@ class Node:
         if session is None:
             return
         session.stage = None
-        self._timers.cancel(Alarm.START, session.id)
+        self._cancel_alarm(Alarm.START, session.id)
         session.move(SessionState.READY, "worker is ready")
+        self._touch_session(session.id)
         self._start_tasks(session, now)
         self._tell_positions([session])
 
@@ -361,8 +374,9 @@ class Node:
         now: float,
         *,
         asked_for: bool = False,
+        key: RequestKey | None = None,
     ) -> Session:
-        session = self.sessions[session_id] = self._live[session_id] = Session(
+        session = Session(
             id=session_id,
             tenant=tenant,
             workload=workload,
@@ -370,17 +384,19 @@ class Node:
             task_type=task_type,
             created_at=now,
             asked_for=asked_for,
+            key=key,
         )
+        self._add_session(session)
         return session
 
     def _set_idle(self, session: Session, deadline: float | None) -> None:
         """Run or stop the idle clock. The lifetime has the last word: idling cannot outlast it."""
         if deadline is None or session.max_deadline is None:
             session.idle_deadline = None
-            self._timers.cancel(Alarm.IDLE, session.id)
+            self._cancel_alarm(Alarm.IDLE, session.id)
             return
         session.idle_deadline = min(deadline, session.max_deadline)
-        self._timers.set(Alarm.IDLE, session.id, session.idle_deadline)
+        self._set_alarm(Alarm.IDLE, session.id, session.idle_deadline)
 
     def _idle_over(self, session_id: str, now: float) -> None:
         session = self.sessions[session_id]
@@ -397,7 +413,7 @@ class Node:
         session.move(SessionState.DRAINING, "lifetime over, running tasks have their grace")
         for task_id in list(session.queue):
             self._finish(self.tasks[task_id], TaskState.FAILED, now, _LIFETIME)
-        self._timers.set(Alarm.DRAIN, session.id, now + self.rules.lifetime_grace)
+        self._set_alarm(Alarm.DRAIN, session.id, now + self.rules.lifetime_grace)
 
     def _drain_over(self, session_id: str, now: float) -> None:
         self._end(self.sessions[session_id], CloseReason.MAX_LIFETIME, _LIFETIME, now)
@@ -418,12 +434,13 @@ class Node:
         if session.close_reason in FAILED_REASONS:
             session.failure = failure
         session.tearing_down = True
+        self._touch_session(session.id)
         for task_id in [*session.busy, *session.queue]:
             self._finish(self.tasks[task_id], tasks_become, now, failure)
-            self._timers.cancel(Alarm.CANCEL, task_id)
+            self._cancel_alarm(Alarm.CANCEL, task_id)
         session.busy.clear()
         for alarm in (Alarm.GPU_WAIT, Alarm.START, Alarm.LIFETIME, Alarm.DRAIN):
-            self._timers.cancel(alarm, session.id)
+            self._cancel_alarm(alarm, session.id)
         self._set_idle(session, None)
         if session.state is SessionState.WAITING:
             self.line.leave(session.id)
@@ -444,13 +461,14 @@ class Node:
         session.closed_at = now
         del self._live[session.id]
         self._ended_sessions[session.id] = None
-        self._timers.set(Alarm.FORGET_SESSION, session.id, now + self.rules.tombstone_retention)
+        self._set_alarm(Alarm.FORGET_SESSION, session.id, now + self.rules.tombstone_retention)
         if len(self._ended_sessions) > self.rules.ended_sessions_max:
             self._forget_session(next(iter(self._ended_sessions)), now)
 
     def _forget_session(self, session_id: str, now: float) -> None:
-        del self.sessions[session_id], self._ended_sessions[session_id]
-        self._timers.cancel(Alarm.FORGET_SESSION, session_id)
+        del self._ended_sessions[session_id]
+        self._drop_session(session_id)
+        self._cancel_alarm(Alarm.FORGET_SESSION, session_id)
         self._out.append(fx.ForgetSession(session_id=session_id))
 
     # -- tasks --------------------------------------------------------------------------------------------
@@ -463,9 +481,10 @@ class Node:
         while session.queue and len(session.busy) < session.workload.max_concurrent_tasks:
             task = self.tasks[session.queue.popleft()]
             session.busy[task.id] = None
+            self._touch_session(session.id)
             task.move(TaskState.RUNNING, f"sent to {session.id}")
             task.started_at, task.position = now, None
-            self._timers.set(Alarm.TASK, task.id, now + task.timeout)
+            self._set_alarm(Alarm.TASK, task.id, now + task.timeout)
             if task.id != announced:
                 self._tell(notices.connection(task.id, "session_ready", session))
             self._tell(notices.worker(task.id, "working", session))
@@ -477,13 +496,15 @@ class Node:
             if session.state is SessionState.WORKING:
                 session.move(SessionState.READY, "no task is left")
             self._set_idle(session, now + self.rules.idle_timeout)
+            self._end_if_drained(session, now)
 
     def _task_ended(self, event: ev.TaskEnded, now: float) -> None:
         session, task = self.sessions.get(event.session_id), self.tasks.get(event.task_id)
         if session is None or task is None or event.task_id not in session.busy:
             return
         del session.busy[event.task_id]
-        self._timers.cancel(Alarm.CANCEL, event.task_id)
+        self._touch_session(session.id)
+        self._cancel_alarm(Alarm.CANCEL, event.task_id)
         survives = session.state is SessionState.WORKING and session.task_type is TaskType.SESSION
         if not task.ended:
             if survives:
@@ -506,11 +527,12 @@ class Node:
             self._end(session, CloseReason.ONEOFF_DONE, failure, now)
         elif was_running:
             self._out.append(fx.CancelTask(session_id=session.id, task_id=task.id))
-            self._timers.set(Alarm.CANCEL, task.id, now + self.rules.cancel_grace)
+            self._set_alarm(Alarm.CANCEL, task.id, now + self.rules.cancel_grace)
         elif session.state is SessionState.WAITING and not session.queue and not session.asked_for:
             self._end(session, CloseReason.ABANDONED, failure, now)
         else:
             self._tell_positions(self.line if session.state is SessionState.WAITING else [session])
+            self._end_if_drained(session, now)
 
     def _task_over(self, task_id: str, now: float) -> None:
         task = self.tasks[task_id]
@@ -542,10 +564,12 @@ class Node:
         task.move(state, failure.code if failure else "done")
         task.finished_at, task.failure, task.position = now, failure, None
         self.sessions[task.session_id].tasks_done += 1
-        self._timers.cancel(Alarm.TASK, task.id)
-        self._timers.cancel(Alarm.DISCONNECT, task.id)
-        self._timers.set(Alarm.FORGET_TASK, task.id, now + self.rules.task_retention)
+        self._touch_session(task.session_id)
+        self._cancel_alarm(Alarm.TASK, task.id)
+        self._cancel_alarm(Alarm.DISCONNECT, task.id)
+        self._set_alarm(Alarm.FORGET_TASK, task.id, now + self.rules.task_retention)
         self._tell(*notices.finish(task, usage))
+        self._out.append(fx.FinishTask(task_id=task.id, state=state))
         self._ended_tasks[task.id] = None
         if len(self._ended_tasks) > self.rules.ended_tasks_max:
             self._forget_task(next(iter(self._ended_tasks)), now)
@@ -556,10 +580,11 @@ class Node:
             del self._ended_tasks[task_id]  # to the end: its worker has not let go of it yet
             self._ended_tasks[task_id] = None
             later = max(self.rules.task_retention, self.rules.cancel_grace)
-            self._timers.set(Alarm.FORGET_TASK, task_id, now + later)
+            self._set_alarm(Alarm.FORGET_TASK, task_id, now + later)
             return
-        del self.tasks[task_id], self._ended_tasks[task_id]
-        self._timers.cancel(Alarm.FORGET_TASK, task_id)
+        del self._ended_tasks[task_id]
+        self._drop_task(task_id)
+        self._cancel_alarm(Alarm.FORGET_TASK, task_id)
         self._out.append(fx.ForgetTask(task_id=task_id))
 
     # -- time and the end ---------------------------------------------------------------------------------
@@ -567,7 +592,24 @@ class Node:
     def _tick(self, event: ev.Tick, now: float) -> None:
         while (due := self._timers.pop_due(now)) is not None:
             alarm, entity_id = due
+            self._touch_alarm(alarm, entity_id)
             self._alarms[alarm](entity_id, now)
+
+    def _runtime_checked(self, event: ev.RuntimeChecked, now: float) -> None:
+        self.runtime_doubt = event.doubt
+        self._assign(now)
+
+    def _drain_ordered(self, event: ev.DrainOrdered, now: float) -> None:
+        """Sessions that have a worker, or will have one, finish their tasks; all others end now."""
+        self.shutting_down = True
+        for session in reversed(list(self.live_sessions())):  # so that nobody moves up the line meanwhile
+            if session.state is SessionState.WAITING:
+                self._end(session, CloseReason.SHUTDOWN, _SHUTDOWN, now)
+            self._end_if_drained(session, now)
+
+    def _end_if_drained(self, session: Session, now: float) -> None:
+        if self.shutting_down and not session.busy and not session.queue:
+            self._end(session, CloseReason.SHUTDOWN, _SHUTDOWN, now)
 
     def _shutdown_ordered(self, event: ev.ShutdownOrdered, now: float) -> None:
         self.shutting_down = True
@@ -575,13 +617,6 @@ class Node:
             self._end(session, CloseReason.SHUTDOWN, _SHUTDOWN, now)
 
     # -- small things -------------------------------------------------------------------------------------
-
-    def _take_fence(self) -> int:
-        fence, self._next_fence = self._next_fence, self._next_fence + 1
-        return fence
-
-    def _tell(self, *notices: fx.Publish) -> None:
-        self._out.extend(notices)
 
     def _tell_positions(self, sessions: WaitLine | list[Session], ahead: int = 0) -> None:
         """Tell queued tasks their place where it has changed: in the line, or in their session's queue.
@@ -609,5 +644,6 @@ class Node:
 _KILLED = Failure(code=FailureCode.SESSION_KILLED, message="the session was killed")
 _CANCELLED = Failure(code=FailureCode.TASK_CANCELLED, message="the task was cancelled")
 _CLIENT_GONE = Failure(code=FailureCode.CLIENT_GONE, message="no client was reading the task's events")
+_NOT_STORED = Failure(code=FailureCode.STORAGE_FAILING, message="the request could not be written down")
 _LIFETIME = Failure(code=FailureCode.SESSION_LIFETIME, message="the session reached its maximum lifetime")
 _SHUTDOWN = Failure(code=FailureCode.SHUTDOWN, message="the service is shutting down")

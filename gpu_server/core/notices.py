@@ -8,6 +8,9 @@ from typing import Any
 from gpu_server.core.effects import Publish
 from gpu_server.core.sessions import Session, Task, TaskState
 
+UNNUMBERED = frozenset({"queue", "progress"})
+"""Events that tell the present state: they have no number of their own and are not replayed."""
+
 
 def connection(task_id: str, status: str, session: Session) -> Publish:
     """`queued`, `allocated` or `session_ready`; the first event of every task is one of these."""

@@ -43,6 +43,8 @@ class CloseReason(StrEnum):
     START_FAILED = "start_failed"
     NO_AVAILABLE_GPU = "no_available_gpu"
     ABANDONED = "abandoned"
+    SLOT_LOST = "slot_lost"
+    NODE_RESTARTED = "node_restarted"
     SHUTDOWN = "shutdown"
 
 
@@ -52,6 +54,8 @@ FAILED_REASONS = frozenset(
         CloseReason.WORKER_MISBEHAVED,
         CloseReason.START_FAILED,
         CloseReason.NO_AVAILABLE_GPU,
+        CloseReason.SLOT_LOST,
+        CloseReason.NODE_RESTARTED,
     }
 )
 
@@ -96,9 +100,20 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestKey:
+    """An `Idempotency-Key` and a keyed hash of the body it came with; "" where that cannot be compared any
+    more, and then the key alone decides: nothing is done twice."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """The limits that the decisions follow. Times in seconds.
 
+    `adoption_grace` is how long starts and tasks have at least after a restart of the service, so that what
+    ended in time while nobody looked is not called late.
     The last two bound what is remembered of the past, whatever the retention times say: the oldest go first.
     """
 
@@ -110,6 +125,7 @@ class Rules:
     stop_grace: float = 10.0
     cancel_grace: float = 10.0
     lifetime_grace: float = 30.0
+    adoption_grace: float = 5.0
     disconnect_grace: float = 30.0
     task_retention: float = 600.0
     tombstone_retention: float = 3600.0
@@ -153,6 +169,7 @@ class Session:
     failure: Failure | None = None
     closed_at: float | None = None
     log_tail: str = ""
+    key: RequestKey | None = None
     history: list[str] = field(default_factory=list)
 
     @property
@@ -174,7 +191,11 @@ class Session:
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """One request. Its input and its output live elsewhere; this is what the decisions need."""
+    """One request. Its input and its output live elsewhere; this is what the decisions need.
+
+    `detached` tasks need no reader. `told` is how many numbered events the service itself has published for
+    it: what of them is found after a restart beyond that number was never decided.
+    """
 
     id: str
     session_id: str
@@ -182,11 +203,14 @@ class Task:
     task_type: TaskType
     timeout: float
     created_at: float
+    detached: bool = False
+    key: RequestKey | None = None
     state: TaskState = TaskState.QUEUED
     started_at: float | None = None
     finished_at: float | None = None
     position: int | None = None
     readers: int = 0
+    told: int = 0
     failure: Failure | None = None
     history: list[str] = field(default_factory=list)
 

@@ -1,7 +1,7 @@
 """Slots: what can be leased, who holds it, and the only way back to free.
 
-A slot is one GPU (or a CPU stand-in). Its machine is the table below. `Slots.free` is the one function that
-leads from washing to free, and it takes a `Certificate`, never a flag.
+A slot is one GPU (or a CPU stand-in). Its machine is the table below, and at start `begin_wash`. `Slots.free`
+is the one function that leads from washing to free, and it takes a `Certificate`, never a flag.
 """
 
 from __future__ import annotations
@@ -74,9 +74,14 @@ class Certificate:
 
 @dataclass(slots=True, kw_only=True)
 class Slot:
-    """One slot's state, written by `Slots` alone. Born washing: nobody knows what it holds."""
+    """One slot's state, written by `Slots` alone. Born washing: nobody knows what it holds.
+
+    `number` is the slot's own as long as its device is there, whatever other devices come and go: what is
+    derived from it (the uid of its workers) is never another slot's at the same time.
+    """
 
     spec: SlotSpec
+    number: int
     state: SlotState = SlotState.WASHING
     holder: str | None = None
     fence: int = 0
@@ -86,12 +91,16 @@ class Slot:
 
 
 class Slots:
-    """The slots of this node. Free ones are indexed by their tiers, so allocation reads no others."""
+    """The slots of this node. Free ones are indexed by their tiers, so allocation reads no others.
+
+    `touched` gathers the ids of slots whose row has changed, until somebody clears it.
+    """
 
     def __init__(self) -> None:
         self._slots: dict[str, Slot] = {}
         self._free: dict[frozenset[Tier], dict[str, None]] = {}
         self._serving: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self.touched: dict[str, None] = {}
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots.values())
@@ -111,10 +120,50 @@ class Slots:
 
     def add(self, spec: SlotSpec) -> Slot:
         """Take a device into service. It starts in washing and waits for its first certificate."""
-        slot = self._slots[spec.id] = Slot(spec=spec)
-        for tier in spec.tiers:
-            self._serving[tier] += 1
+        taken = {slot.number for slot in self}
+        number = next(n for n in range(len(taken) + 1) if n not in taken)
+        return self.restore(Slot(spec=spec, number=number))
+
+    def restore(self, slot: Slot) -> Slot:
+        """Take a slot in as it is: an earlier life of the service left it so."""
+        self._slots[slot.spec.id] = slot
+        self._index(slot, +1)
+        self.touched[slot.spec.id] = None
         return slot
+
+    def remove(self, slot_id: str) -> None:
+        """The device is not there any more."""
+        self._index(self._slots.pop(slot_id), -1)
+        self.touched[slot_id] = None
+
+    def describe(self, spec: SlotSpec) -> None:
+        """The same device, perhaps with other tiers than before."""
+        slot = self._slots[spec.id]
+        self._index(slot, -1)
+        slot.spec = spec
+        self._index(slot, +1)
+        self.touched[spec.id] = None
+
+    def begin_wash(self, slot_id: str) -> None:
+        """At start, whatever is not leased or in quarantine is washed: nobody knows what happened to it
+        meanwhile. That wash has fence 0, which no lease has."""
+        slot = self._slots[slot_id]
+        if slot.state is SlotState.FREE:
+            del self._free[slot.spec.tiers][slot_id]
+        slot.state, slot.holder, slot.fence = SlotState.WASHING, None, 0
+        slot.history.append("washing: the service has started")
+        self.touched[slot_id] = None
+
+    def _index(self, slot: Slot, step: int) -> None:
+        """Count a slot in (1) or out (-1)."""
+        for tier in slot.spec.tiers:
+            self._serving[tier] += step
+        if slot.state is SlotState.FREE:
+            free = self._free.setdefault(slot.spec.tiers, {})
+            if step > 0:
+                free[slot.spec.id] = None
+            else:
+                del free[slot.spec.id]
 
     def serving(self, tier: Tier) -> int:
         """How many slots could ever serve `tier`, whatever state they are in."""
@@ -178,6 +227,8 @@ class Slots:
         slot.doubt = doubt
         if slot.state is SlotState.QUARANTINED or doubt is not None:
             return
+        if fault != slot.fault:
+            self.touched[slot_id] = None
         slot.fault = fault
         if fault is not None and slot.state is SlotState.FREE:
             self.quarantine(slot_id, fault)
@@ -199,4 +250,5 @@ class Slots:
         slot.history.append(f"{slot.state}->{to}: {why}")
         del slot.history[:-16]
         slot.state = to
+        self.touched[slot_id] = None
         return slot

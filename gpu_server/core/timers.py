@@ -21,6 +21,16 @@ class Alarm(StrEnum):
     FORGET_SESSION = "forget_session"
 
 
+SESSION_ALARMS = (
+    Alarm.GPU_WAIT,
+    Alarm.START,
+    Alarm.IDLE,
+    Alarm.LIFETIME,
+    Alarm.DRAIN,
+    Alarm.FORGET_SESSION,
+)
+TASK_ALARMS = (Alarm.TASK, Alarm.CANCEL, Alarm.DISCONNECT, Alarm.FORGET_TASK)
+
 Key = tuple[Alarm, str]
 
 
@@ -48,8 +58,9 @@ class Timers:
             self._heap = [(due, key) for key, due in self._when.items()]
             heapq.heapify(self._heap)
 
-    def cancel(self, alarm: Alarm, entity_id: str) -> None:
-        self._when.pop((alarm, entity_id), None)
+    def cancel(self, alarm: Alarm, entity_id: str) -> bool:
+        """Whether there was such a deadline."""
+        return self._when.pop((alarm, entity_id), None) is not None
 
     def next(self) -> float | None:
         """The earliest deadline, or None."""

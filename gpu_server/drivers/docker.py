@@ -1,8 +1,8 @@
 """Workers as sibling containers of a Docker engine.
 
 The driver keeps no state: names and labels of containers are the truth. Every SDK call runs in a small pool
-of threads of its own and returns soon; what takes long is waited for elsewhere: a worker's exit on the one
-events stream, an image's download in a thread of its own.
+of threads and returns soon (`docker_calls.py`); what takes long is waited for elsewhere: a worker's exit on
+the one events stream, an image's download in a thread of its own.
 """
 
 from __future__ import annotations
@@ -13,23 +13,15 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
 
 from docker import APIClient
 from docker.errors import APIError, ImageNotFound, NotFound
 
 from gpu_server.core.errors import FailureCode
 from gpu_server.drivers.blocking import call_in_thread
-from gpu_server.drivers.docker_api import (
-    ENGINE_ERRORS,
-    attach,
-    connect,
-    create_container,
-    inspect_image,
-    short,
-)
+from gpu_server.drivers.docker_api import attach, create_container, inspect_image, short
 from gpu_server.drivers.docker_body import (
     LABEL_FENCE,
     LABEL_INSTANCE,
@@ -38,12 +30,16 @@ from gpu_server.drivers.docker_body import (
     labels,
     seccomp_profile,
 )
-from gpu_server.drivers.docker_events import ExitListener
+from gpu_server.drivers.docker_calls import EngineCalls, refused, unreachable
+from gpu_server.drivers.docker_events import NEVER_STARTED, ExitListener
+from gpu_server.drivers.docker_found import Found, take_up
 from gpu_server.drivers.docker_holders import foreign_gpu_holders
 from gpu_server.drivers.docker_images import image_missing, pull
+from gpu_server.drivers.docker_kept import KeptOutput
 from gpu_server.drivers.docker_output import AttachedOutput
 from gpu_server.ports import (
     CreatedWorker,
+    FoundWorker,
     RuntimeUnreachable,
     SeenWorker,
     StartRefused,
@@ -51,12 +47,7 @@ from gpu_server.ports import (
     WorkerSpec,
 )
 
-T = TypeVar("T")
-
 _CONFLICT: Final = 409
-_UNAVAILABLE: Final = 503
-_NEVER_STARTED: Final = "0001-01-01T00:00:00Z"
-_THREADS: Final = 8
 
 
 class DockerRuntime:
@@ -77,29 +68,26 @@ class DockerRuntime:
     ) -> None:
         self.warnings: tuple[str, ...] = ()
         self._instance = instance
-        self._docker_host = docker_host
         self._call_timeout = call_timeout
         self._pull_timeout = pull_timeout
         self._seccomp = seccomp_profile()
-        self._client: APIClient | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._calls = EngineCalls(docker_host, call_timeout)
         self._listener: ExitListener | None = None
         self._exits: dict[str, set[asyncio.Event]] = {}
-        self._outputs: weakref.WeakValueDictionary[str, AttachedOutput] = weakref.WeakValueDictionary()
+        self._outputs: weakref.WeakValueDictionary[str, AttachedOutput | KeptOutput] = (
+            weakref.WeakValueDictionary()
+        )
         self._pulls: set[threading.Event] = set()
 
     async def open(self, heard_exit: Callable[[WorkerExit], None]) -> None:
         """Connect and listen. Exits that happened before are heard too, once, as missed ones."""
-        if self._pool is not None:
+        if self._calls.is_open:
             raise RuntimeError("this runtime is open already")
         loop = asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
+        await self._calls.open()
         try:
-            self._client = await self._submit(self._connect)
-            self.warnings = _warnings(await self._call(lambda client: client.info()))
-        except APIError as error:
-            await self.close()
-            raise RuntimeUnreachable(short(error)) from error
+            with unreachable():
+                self.warnings = _warnings(await self._calls.call(lambda client: client.info()))
         except BaseException:
             await self.close()
             raise
@@ -113,41 +101,34 @@ class DockerRuntime:
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 loop.call_soon_threadsafe(on_loop, container_id, worker_exit)
 
-        self._listener = ExitListener(self._connect, self._instance, in_thread)
+        self._listener = ExitListener(self._calls.connect, self._instance, in_thread)
         self._listener.start()
+
+    @property
+    def interruptions(self) -> int:
+        """See the port: counted when the events stream ends, so before an exit that was missed is told."""
+        return self._listener.interruptions if self._listener is not None else 0
 
     async def close(self) -> None:
         """Stop listening and let go of every connection. Containers are left as they are."""
         listener, self._listener = self._listener, None
-        pool, self._pool = self._pool, None
-        client, self._client = self._client, None
         for stop in self._pulls:
             stop.set()
         for output in list(self._outputs.values()):
             output.close()
         if listener is not None:
             await asyncio.to_thread(listener.close, 5.0)
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-        if client is not None:
-            client.close()
+        self._calls.close()
 
-    async def ping(self) -> None:
-        """Ask the engine for a sign of life, open or not. Raises `RuntimeUnreachable`."""
-
-        def ping() -> None:
-            self._connect().close()  # agreeing on a version is a question and an answer
-
-        try:
-            await call_in_thread(ping, limit=self._call_timeout, name="docker-ping")
-        except (TimeoutError, *ENGINE_ERRORS) as error:
-            raise RuntimeUnreachable(f"the Docker engine is not reachable: {short(error)}") from error
+    async def ping(self, limit: float = 5.0) -> None:
+        """See the port."""
+        await self._calls.ping(limit)
 
     async def require_image(self, image: str) -> None:
         """See the port. An image that is not there is pulled once, for at most `pull_timeout` seconds."""
-        with _unreachable():
+        with unreachable():
             try:
-                await self._call(lambda client: inspect_image(client, image))
+                await self._calls.call(lambda client: inspect_image(client, image))
             except ImageNotFound:
                 pass
             else:
@@ -156,7 +137,7 @@ class DockerRuntime:
         self._pulls.add(stop)
         try:
             problem = await call_in_thread(
-                lambda: pull(self._connect, image, stop), limit=self._pull_timeout, name="docker-pull"
+                lambda: pull(self._calls.connect, image, stop), limit=self._pull_timeout, name="docker-pull"
             )
         except TimeoutError:
             problem = f"the download took longer than {self._pull_timeout:.0f} s"
@@ -168,8 +149,8 @@ class DockerRuntime:
 
     async def create(self, spec: WorkerSpec) -> CreatedWorker:
         """See the port. The output must be read: the engine holds back a worker nobody listens to."""
-        with _refused():
-            container_id, connection = await self._call(
+        with refused():
+            container_id, connection = await self._calls.call(
                 lambda client: self._create(client, spec), discard=lambda created: created[1].close()
             )
         self._end_output(spec.name)
@@ -179,30 +160,56 @@ class DockerRuntime:
     async def start(self, name: str) -> None:
         """See the port."""
 
-        def start(client: APIClient) -> None:
+        def start(client: APIClient) -> bool:
+            """Whether it ran before and has ended: the engine would run it a second time."""
             found = self._find(client, name)
             if found is None:
                 raise StartRefused(FailureCode.START_FAILED, f"there is no worker {name} to start")
+            if found["State"]["StartedAt"] != NEVER_STARTED:
+                return not found["State"]["Running"]
             client.start(found["Id"])
+            return False
 
         try:
-            with _refused():
-                await self._call(start)
+            with refused():
+                ran_before = await self._calls.call(start)
         except StartRefused:
             self._end_output(name)
             raise
+        if ran_before:
+            raise StartRefused(FailureCode.START_FAILED, f"worker {name} ran already and has ended")
+
+    async def reattach(self, name: str, *, from_start: bool = False) -> FoundWorker | None:
+        """See the port. What is kept of an `exec` worker's output, and when it is lost: `docker_kept.py`."""
+
+        def take(client: APIClient) -> Found | None:
+            found = self._find(client, name)
+            if found is None:
+                return None
+            try:
+                return take_up(self._calls, client, found, from_start=from_start)
+            except NotFound:
+                return None
+
+        with unreachable():
+            found = await self._calls.call(take, discard=_let_go)
+        if found is None:
+            return None
+        self._end_output(name)
+        self._outputs[name] = found.output
+        return FoundWorker(name=name, container_id=found.container_id, output=found.output, exit=found.exit)
 
     async def remove(self, name: str, *, grace: float) -> None:
         """See the port."""
-        with _unreachable():
-            found = await self._call(lambda client: self._find(client, name))
+        with unreachable():
+            found = await self._calls.call(lambda client: self._find(client, name))
             if found is None:
                 return
             container_id = str(found["Id"])
             if found["State"]["Running"] and grace > 0:
                 await self._terminate(container_id, grace)
             await self._remove_for_certain(container_id)
-        if found["State"]["StartedAt"] == _NEVER_STARTED:
+        if found["State"]["StartedAt"] == NEVER_STARTED:
             self._end_output(name)
 
     async def list_workers(self) -> tuple[SeenWorker, ...]:
@@ -213,8 +220,8 @@ class DockerRuntime:
             found: list[dict[str, Any]] = client.containers(all=True, filters={"label": label})
             return found
 
-        with _unreachable():
-            return tuple(_seen(container) for container in await self._call(listed))
+        with unreachable():
+            return tuple(_seen(container) for container in await self._calls.call(listed))
 
     async def foreign_gpu_holders(self) -> Mapping[str, str]:
         """See the port. A GPU is named as that container named it: UUID or its prefix, index, or "all"."""
@@ -228,13 +235,10 @@ class DockerRuntime:
                     found.append(client.inspect_container(container["Id"]))
             return found
 
-        with _unreachable():
-            return foreign_gpu_holders(await self._call(inspected), self._instance)
+        with unreachable():
+            return foreign_gpu_holders(await self._calls.call(inspected), self._instance)
 
     # -- in the pool's threads ----------------------------------------------------------------------------
-
-    def _connect(self) -> APIClient:
-        return connect(self._docker_host, self._call_timeout)
 
     def _find(self, client: APIClient, name: str) -> dict[str, Any] | None:
         """The container of that name, if it is this instance's."""
@@ -277,7 +281,7 @@ class DockerRuntime:
             raise StartRefused(
                 FailureCode.START_FAILED, f"another container already has the name {spec.name}"
             )
-        if found["State"]["StartedAt"] != _NEVER_STARTED:
+        if found["State"]["StartedAt"] != NEVER_STARTED:
             raise StartRefused(FailureCode.START_FAILED, f"worker {spec.name} has been started already")
         with contextlib.suppress(NotFound):
             client.remove_container(found["Id"], v=True, force=True)
@@ -291,7 +295,7 @@ class DockerRuntime:
         try:
             async with asyncio.timeout(grace):
                 try:
-                    await self._call(lambda client: client.kill(container_id, "SIGTERM"))
+                    await self._calls.call(lambda client: client.kill(container_id, "SIGTERM"))
                 except APIError:
                     return  # not running any more
                 await exited.wait()
@@ -323,7 +327,7 @@ class DockerRuntime:
                 return None
             return problem
 
-        while await self._call(attempt) is not None:
+        while await self._calls.call(attempt) is not None:
             if time.monotonic() > deadline:
                 raise RuntimeUnreachable(f"container {container_id[:12]} cannot be removed: {problem}")
             await asyncio.sleep(pause)
@@ -334,37 +338,10 @@ class DockerRuntime:
         if (output := self._outputs.pop(name, None)) is not None:
             output.close()
 
-    async def _call(self, do: Callable[[APIClient], T], discard: Callable[[T], None] | None = None) -> T:
-        client = self._client
-        if client is None:
-            raise RuntimeUnreachable("the runtime is not open")
-        return await self._submit(lambda: do(client), discard)
 
-    async def _submit(self, do: Callable[[], T], discard: Callable[[T], None] | None = None) -> T:
-        """Run in the pool, bounded also while all threads are busy; `discard` gets what came late."""
-        if self._pool is None:
-            raise RuntimeUnreachable("the runtime is not open")
-        future = self._pool.submit(do)
-        late = True
-        try:
-            async with asyncio.timeout(self._call_timeout + 5):
-                result = await asyncio.wrap_future(future)
-            late = False
-        except APIError:
-            raise
-        except TimeoutError as error:
-            raise RuntimeUnreachable("the Docker engine did not answer in time") from error
-        except ENGINE_ERRORS as error:
-            raise RuntimeUnreachable(f"the Docker engine is not reachable: {short(error)}") from error
-        finally:
-            if late and discard is not None:
-                future.add_done_callback(lambda done: _drop(done, discard))
-        return result
-
-
-def _drop(done: Future[T], discard: Callable[[T], None]) -> None:
-    if not done.cancelled() and done.exception() is None:
-        discard(done.result())
+def _let_go(found: Found | None) -> None:
+    if found is not None:
+        found.output.close()
 
 
 def _seen(container: Mapping[str, Any]) -> SeenWorker:
@@ -387,23 +364,3 @@ def _warnings(info: Mapping[str, Any]) -> tuple[str, ...]:
         if not info.get(key, True):
             found.append(f"the Docker engine cannot enforce {what} limits")
     return tuple(found)
-
-
-@contextlib.contextmanager
-def _unreachable() -> Iterator[None]:
-    """Where nothing may be refused, an engine's error answer means that nothing is known."""
-    try:
-        yield
-    except APIError as error:
-        raise RuntimeUnreachable(f"the Docker engine answered: {short(error)}") from error
-
-
-@contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """Where a worker is being started, an engine's error answer is a refusal."""
-    try:
-        yield
-    except APIError as error:
-        if error.status_code == _UNAVAILABLE:
-            raise RuntimeUnreachable(f"the Docker engine answered: {short(error)}") from error
-        raise StartRefused(FailureCode.START_FAILED, short(error)) from error

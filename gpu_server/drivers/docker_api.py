@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
 from docker import APIClient
-from docker.errors import DockerException
+from docker.errors import APIError, DockerException, NotFound
 from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 from docker.utils import parse_host
 
@@ -18,6 +19,8 @@ from docker.utils import parse_host
 ENGINE_ERRORS: Final = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 _UNIX: Final = "http+unix://"
+_HTTP_PORT: Final = 2375
+_HEAD_BYTES: Final = 16 * 1024
 _MESSAGE_LENGTH: Final = 400
 
 
@@ -35,19 +38,23 @@ def connect(docker_host: str | None, timeout: float) -> APIClient:
     return client
 
 
+def _unix_socket(path: str, limit: float | None) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(limit)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class _UnixConnection(UnixHTTPConnection):
     """The SDK's connection, but for a leak: its socket stays open when connecting fails, as it does at every
     try while an engine is away (docker 7.2, `UnixHTTPConnection.connect`)."""
 
     def connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(self.timeout)
-            sock.connect(self.unix_socket)
-        except BaseException:
-            sock.close()
-            raise
-        self.sock = sock
+        self.sock = _unix_socket(self.unix_socket, self.timeout)
 
     def probe(self) -> None:
         """Raises OSError when nobody listens."""
@@ -94,6 +101,43 @@ def attach(client: APIClient, container_id: str) -> socket.socket:
     raw._response.close()
     raw.close()
     return connection
+
+
+def raw_body(client: APIClient, docker_host: str | None, path: str) -> socket.socket:
+    """The connection of a GET at the first byte of its answer, which lasts for as long as the engine writes.
+
+    Asked for in HTTP/1.0, so that the answer is not cut into chunks. Raises `ENGINE_ERRORS`.
+    """
+    url = str(parse_host(docker_host))
+    limit = float(client.timeout)
+    if url.startswith(_UNIX):
+        connection = _unix_socket(url.removeprefix(_UNIX), limit)
+    else:
+        parts = urlsplit(url)
+        connection = socket.create_connection((parts.hostname, parts.port or _HTTP_PORT), limit)
+    try:
+        connection.sendall(f"GET /v{client.api_version}{path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+        _require_body(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _require_body(connection: socket.socket) -> None:
+    head = bytearray()
+    while not head.endswith(b"\r\n\r\n"):
+        byte = connection.recv(1)  # one at a time: what follows is not ours to read
+        if not byte or len(head) > _HEAD_BYTES:
+            raise DockerException("the engine's answer broke off")
+        head += byte
+    status, *fields = head.decode("latin-1").lower().split("\r\n")
+    code = status.partition(" ")[2][:3]
+    if code != "200":
+        kind = NotFound if code == "404" else APIError
+        raise kind(f"the engine answered {code}", explanation=one_line(status))
+    if any(field.startswith("transfer-encoding:") and "chunked" in field for field in fields):
+        raise DockerException("the engine's answer is cut into chunks")
 
 
 def short(error: Exception) -> str:

@@ -23,6 +23,16 @@ TASK_TARGET: Final = "/task"
 MODEL_TARGET: Final = "/models"
 
 
+LOG_BYTES: Final = 16_000_000
+"""How much of what an `exec` worker writes can be read again, counted as its log has it."""
+
+KEPT_LOG: Final[Mapping[str, object]] = {
+    "Type": "json-file",
+    "Config": {"max-size": str(LOG_BYTES), "max-file": "2"},
+}
+"""How the engine keeps what an `exec` worker writes: two files of `LOG_BYTES`, so the disk is bounded."""
+
+
 def seccomp_profile() -> str:
     """The project's seccomp profile, as the engine takes it inline.
 
@@ -147,7 +157,7 @@ def _bind(source: str, target: str, *, read_only: bool) -> dict[str, object]:
 
 def _log_config(contract: Contract) -> Mapping[str, object]:
     if contract is Contract.EXEC:
-        return {"Type": "json-file", "Config": {"max-size": "4m", "max-file": "2"}}
+        return KEPT_LOG
     return {"Type": "none", "Config": {}}
 
 

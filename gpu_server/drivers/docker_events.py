@@ -28,7 +28,9 @@ _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
 _REMEMBERED: Final = 10_000
 _KILLED: Final = 137
-_NEVER: Final = "0001-01-01T00:00:00Z"
+
+NEVER_STARTED: Final = "0001-01-01T00:00:00Z"
+"""`State.StartedAt` of a container that was created and has not run."""
 
 
 class ExitListener:
@@ -56,6 +58,8 @@ class ExitListener:
         self._began = time.time_ns()
         self._since = self._began // 1_000_000_000 - 10
         self._pause = _FIRST_PAUSE
+        self.interruptions = 0
+        self._connected = False
         self._thread = threading.Thread(target=self._run, name="docker-events", daemon=True)
 
     def start(self) -> None:
@@ -77,10 +81,13 @@ class ExitListener:
                 pass
             except Exception:  # half an event, or an odd one; deaf is what this must never be
                 log.exception("docker.events_failed")
+            if not self._connected:
+                self.interruptions += 1  # the engine is away; a stream that only broke loses no output
             self._closing.wait(self._pause)
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
     def _listen(self) -> None:
+        self._connected = False
         client = self._connect()
         stream: CancellableStream[dict[str, Any]] | None = None
         try:
@@ -98,6 +105,7 @@ class ExitListener:
                     return
                 self._stream = stream
             self._pause = _FIRST_PAUSE
+            self._connected = True
             self._tell_missed(client)
             for event in stream:
                 self._take(client, event)
@@ -121,12 +129,8 @@ class ExitListener:
                 inspect = client.inspect_container(container_id)
             except NotFound:
                 continue
-            state = inspect["State"]
-            if state["Running"] or state["StartedAt"] == _NEVER:
-                continue
-            labels = inspect["Config"]["Labels"]
-            name = str(inspect["Name"]).lstrip("/")
-            self._tell(container_id, name, labels, int(state["ExitCode"]), oom=bool(state["OOMKilled"]))
+            if (worker_exit := exit_of(inspect)) is not None:
+                self._tell(container_id, worker_exit)
 
     def _take(self, client: APIClient, event: Mapping[str, Any]) -> None:
         self._since = int(event.get("time") or self._since)
@@ -141,18 +145,28 @@ class ExitListener:
             oom = container_id in self._oom
             if exit_code == _KILLED and not oom:
                 oom = _was_out_of_memory(client, container_id)
-            self._tell(container_id, attributes["name"], attributes, exit_code, oom=oom)
+            session_id = attributes.get(LABEL_SESSION, "")
+            worker_exit = WorkerExit(
+                name=attributes["name"], session_id=session_id, exit_code=exit_code, oom_killed=oom
+            )
+            self._tell(container_id, worker_exit)
 
-    def _tell(
-        self, container_id: str, name: str, labels: Mapping[str, str], exit_code: int, *, oom: bool
-    ) -> None:
+    def _tell(self, container_id: str, worker_exit: WorkerExit) -> None:
         _remember(self._told, container_id)
-        self._heard(
-            container_id,
-            WorkerExit(
-                name=name, session_id=labels.get(LABEL_SESSION, ""), exit_code=exit_code, oom_killed=oom
-            ),
-        )
+        self._heard(container_id, worker_exit)
+
+
+def exit_of(inspect: Mapping[str, Any]) -> WorkerExit | None:
+    """How a container has ended, as inspecting tells; None while it runs, and if it never did."""
+    state = inspect["State"]
+    if state["Running"] or state["StartedAt"] == NEVER_STARTED:
+        return None
+    return WorkerExit(
+        name=str(inspect["Name"]).lstrip("/"),
+        session_id=(inspect["Config"]["Labels"] or {}).get(LABEL_SESSION, ""),
+        exit_code=int(state["ExitCode"]),
+        oom_killed=bool(state["OOMKilled"]),
+    )
 
 
 def _remember(ids: OrderedDict[str, None], container_id: str) -> None:

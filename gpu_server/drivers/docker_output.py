@@ -1,8 +1,8 @@
-"""What a container writes, from the connection that was attached before it started.
+"""What a container writes, from a connection that the engine writes it to.
 
-The wire format is that of the Engine API's attach without a terminal: frames of 8 bytes (stream, three zeros,
-big-endian length) and a payload. Nothing is read ahead of the consumer beyond one buffer, so a slow consumer
-slows the worker's writes and never fills this process.
+The wire format is that of the Engine API's attach and logs without a terminal: frames of 8 bytes (stream,
+three zeros, big-endian length) and a payload. Nothing is read ahead of the consumer beyond one buffer, so a
+slow consumer slows the worker's writes and never fills this process.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Final, Self
 
 from gpu_server.ports import Output
 
-_HEADER: Final = struct.Struct(">BxxxL")
 _READ: Final = 64 * 1024
+
+HEADER: Final = struct.Struct(">BxxxL")
+"""Stream (2 is stderr) and length of what follows."""
 
 
 class AttachedOutput:
@@ -44,10 +46,10 @@ class AttachedOutput:
                 self._position += len(data)
                 self._left -= len(data)
                 return Output("stderr" if self._stderr else "stdout", data)
-            if not self._left and there >= _HEADER.size:
-                stream, self._left = _HEADER.unpack_from(self._buffer, self._position)
+            if not self._left and there >= HEADER.size:
+                stream, self._left = HEADER.unpack_from(self._buffer, self._position)
                 self._stderr = stream == 2
-                self._position += _HEADER.size
+                self._position += HEADER.size
                 continue
             chunk = await self._receive()
             if not chunk:

@@ -21,7 +21,13 @@ from typing import Final, Literal
 
 from gpu_server.core.errors import FailureCode
 from gpu_server.drivers.clock import boot_id
-from gpu_server.drivers.process_output import DiscardedOutput, PipedOutput, make_pipes, remove_pipes
+from gpu_server.drivers.process_output import (
+    DiscardedOutput,
+    PipedOutput,
+    make_pipes,
+    open_pipes,
+    remove_pipes,
+)
 from gpu_server.drivers.process_record import (
     ProcessRecord,
     read_record,
@@ -33,6 +39,8 @@ from gpu_server.drivers.process_tree import Leader, is_alive, leader_now, member
 from gpu_server.ports import (
     Contract,
     CreatedWorker,
+    FoundWorker,
+    OutputLost,
     RuntimeUnreachable,
     SeenWorker,
     StartRefused,
@@ -81,6 +89,7 @@ class ProcessRuntime:
     name: Literal["docker", "process"] = "process"
 
     def __init__(self, instance: str, run_dir: Path, working_dir: Path) -> None:
+        self.interruptions = 0  # there is no engine between us and the workers
         self.warnings: tuple[str, ...] = (
             "workers run as plain processes: no isolation of files, network, memory or GPUs between tenants;"
             " use it for demonstrations and development only",
@@ -105,8 +114,12 @@ class ProcessRuntime:
             if self._runs(record) and self._watch(folder, record, record.leader):
                 self._discarded[record.name] = DiscardedOutput(folder)
                 continue
-            code = record.exit_code if record.exit_code is not None else self._reap(record)
-            loop.call_soon(heard_exit, _exit(record, code))
+            if record.exit_code is None:
+                # Kept, because a code can be had only once.
+                record = dataclasses.replace(record, exit_code=self._reap(record))
+                with contextlib.suppress(OSError):
+                    write_record(folder, record)
+            loop.call_soon(heard_exit, _exit(record))
 
     async def close(self) -> None:
         """Stop listening. Workers go on; one that was created and not started is left as a record."""
@@ -125,6 +138,9 @@ class ProcessRuntime:
             discarded.close()
         self._discarded.clear()
         self._heard_exit = None
+
+    async def ping(self, limit: float = 5.0) -> None:
+        """Nothing to do: the machine itself is the engine."""
 
     async def require_image(self, image: str) -> None:
         """Nothing to do: a process needs no image."""
@@ -153,7 +169,7 @@ class ProcessRuntime:
         return CreatedWorker(name=spec.name, container_id=spec.name, output=output)
 
     async def start(self, name: str) -> None:
-        """Spawn a created worker. Raises `StartRefused`, also if it was created by an earlier life."""
+        """Spawn a created worker. Raises `StartRefused`, also if an earlier life created it, or it ran."""
         created = self._created.pop(name, None)
         if created is None:
             if name in self._watched:
@@ -180,11 +196,27 @@ class ProcessRuntime:
             os.close(gate_write)
             created.let_go()
 
+    async def reattach(self, name: str, *, from_start: bool = False) -> FoundWorker | None:
+        """See the port. Nothing that a process writes is kept, so `from_start` cannot be had."""
+        found = self._find(name)
+        if found is None or found[1].leader is None:
+            return None
+        if from_start:
+            raise OutputLost(f"what worker {name} wrote is not kept")
+        folder, record = found
+        if (old := self._outputs.pop(name, None)) is not None:
+            old.close()
+        if (discarded := self._discarded.pop(name, None)) is not None:
+            discarded.close()
+        output = self._outputs[name] = open_pipes(folder)
+        worker_exit = None if name in self._watched else _exit(record)
+        if worker_exit is not None:
+            output.finish()
+        return FoundWorker(name=name, container_id=name, output=output, exit=worker_exit)
+
     async def remove(self, name: str, *, grace: float) -> None:
         """See the port. A pid is signalled only if its start time is the recorded one."""
-        found = next(
-            (entry for entry in records(self._run_dir, self._instance) if entry[1].name == name), None
-        )
+        found = self._find(name)
         watch = self._watched.get(name)
         if watch is not None:
             # Of a worker of this life, what is in memory counts: it could have changed its own record.
@@ -221,6 +253,10 @@ class ProcessRuntime:
     async def foreign_gpu_holders(self) -> Mapping[str, str]:
         """Always empty: without an engine there is nobody to ask."""
         return {}
+
+    def _find(self, name: str) -> tuple[Path, ProcessRecord] | None:
+        entries = records(self._run_dir, self._instance)
+        return next((entry for entry in entries if entry[1].name == name), None)
 
     # -- starting -----------------------------------------------------------------------------------------
 
@@ -277,14 +313,14 @@ class ProcessRuntime:
         asyncio.get_running_loop().remove_reader(watch.pidfd)
         os.close(watch.pidfd)
         del self._watched[record.name]
-        code = self._reap(record)
+        ended = dataclasses.replace(record, exit_code=self._reap(record))
         current = read_record(watch.folder)
         if current is not None and current.name == record.name:
             with contextlib.suppress(OSError):
-                write_record(watch.folder, dataclasses.replace(record, exit_code=code))
+                write_record(watch.folder, ended)
         watch.ended.set()
         if self._heard_exit is not None:
-            self._heard_exit(_exit(record, code))
+            self._heard_exit(_exit(ended))
 
     def _reap(self, record: ProcessRecord) -> int:
         """The exit code of a worker that has ended, where it was our child."""
@@ -350,5 +386,7 @@ def _signal_all(leader: Leader, marker: str, number: signal.Signals) -> int:
     return len(found)
 
 
-def _exit(record: ProcessRecord, code: int) -> WorkerExit:
+def _exit(record: ProcessRecord) -> WorkerExit:
+    """The exit of a worker that has ended; its record may not have come to say with which code."""
+    code = UNKNOWN_EXIT if record.exit_code is None else record.exit_code
     return WorkerExit(name=record.name, session_id=record.session_id, exit_code=code, oom_killed=False)

@@ -102,26 +102,34 @@ def make_pipes(folder: Path) -> tuple[PipedOutput, tuple[int, int]]:
     remove_pipes(folder)
     for stream in _STREAMS:
         os.mkfifo(folder / stream, 0o600)
-    readers = {stream: os.open(folder / stream, os.O_RDONLY | os.O_NONBLOCK) for stream in _STREAMS}
+    output = open_pipes(folder)
     # Read and write, so that the worker itself counts as a reader.
     writers = (os.open(folder / "stdout", os.O_RDWR), os.open(folder / "stderr", os.O_RDWR))
-    return PipedOutput(readers), writers
+    return output, writers
+
+
+def open_pipes(folder: Path) -> PipedOutput:
+    """The output of a worker that has its pipes already; it ends at once where there are none."""
+    return PipedOutput(_readers(folder))
+
+
+def _readers(folder: Path) -> dict[Literal["stdout", "stderr"], int]:
+    found: dict[Literal["stdout", "stderr"], int] = {}
+    for stream in _STREAMS:
+        with contextlib.suppress(OSError):
+            found[stream] = os.open(folder / stream, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    return found
 
 
 class DiscardedOutput:
-    """Empties the pipes of a worker that an earlier life of the service started, so that it never waits.
-
-    Nobody asks for that output any more: it belonged to whoever saw the worker start.
-    """
+    """Empties the pipes of a worker that an earlier life of the service started, until somebody takes it up:
+    a worker never waits because nobody reads."""
 
     def __init__(self, folder: Path) -> None:
-        self._open: set[int] = set()
+        self._open = set(_readers(folder).values())
         loop = asyncio.get_running_loop()
-        for stream in _STREAMS:
-            with contextlib.suppress(OSError):
-                descriptor = os.open(folder / stream, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-                self._open.add(descriptor)
-                loop.add_reader(descriptor, self._discard, descriptor)
+        for descriptor in self._open:
+            loop.add_reader(descriptor, self._discard, descriptor)
 
     def close(self) -> None:
         for descriptor in list(self._open):

@@ -89,6 +89,22 @@ class RunFolders:
         folder.path.chmod(0o711)
         return folder
 
+    def find(self, session_id: str) -> RunFolder | None:
+        """The folder that was made for a session, perhaps by an earlier life of the service."""
+        path = self._root / session_id
+        if not path.is_dir():
+            return None
+        return RunFolder(session_id=session_id, path=path, share=path / "share", task=path / "task")
+
+    def owner(self, folder: RunFolder) -> int:
+        """The uid that the folder was made for: nobody but the service can change whose it is. Raises
+        `RunFolderFault` when it is not there any more."""
+        share = _open_share(folder)
+        try:
+            return os.fstat(share).st_uid
+        finally:
+            os.close(share)
+
     def connect_path(self, folder: RunFolder) -> ConnectPath | None:
         """The worker's socket, to connect to and then close; None while there is nothing of that name yet.
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import orjson
 from gpu_server.frames import FrameReader, ProtocolFault
 
 MAX_ANSWER_BYTES = 64 * 1024
+MAX_EVENT_NUMBER = 10**15 - 1  # as many digits as the grammar of frames has
 LAST_BYTE_SECONDS = 0.05
 _CALL = aiohttp.ClientTimeout(total=5)
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=5)
@@ -30,6 +32,18 @@ class LinkBroken(Exception):
 
 class TaskRefused(Exception):
     """The worker answered, and did not take the task."""
+
+
+class TaskUnknown(TaskRefused):
+    """The worker has never had this task, or has forgotten it."""
+
+
+class EventsDropped(Exception):
+    """The worker has the task, but its events before `oldest` are gone."""
+
+    def __init__(self, oldest: int) -> None:
+        super().__init__(f"the worker has dropped the events before {oldest}")
+        self.oldest = oldest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,18 +106,24 @@ class WorkerLink:
             raise ProtocolFault("the health answer is not JSON") from None
         return self._health_of(data)
 
-    async def run(self, task_id: str, body: bytes, reader: FrameReader) -> None:
-        """Give the task to the worker and pass its events to `reader` until the stream ends.
+    async def run(
+        self, task_id: str, body: bytes, reader: FrameReader, accepted: Callable[[], None] | None = None
+    ) -> None:
+        """Give the task to the worker and pass its events to `reader` until the stream ends. `accepted` is
+        called, once, when the worker has the task for certain.
 
-        Raises `LinkBroken`, `TaskRefused`, or what the reader raises.
+        Raises `LinkBroken`, `TaskRefused`, `EventsDropped`, `ProtocolFault`, or what the reader raises.
         """
         headers = {"Content-Type": "application/json"}
-        await self._stream("POST", f"/tasks/{task_id}", reader, data=body, headers=headers)
+        await self._stream("POST", f"/tasks/{task_id}", reader, accepted, data=body, headers=headers)
 
-    async def attach(self, task_id: str, reader: FrameReader) -> None:
-        """Take up the stream of a task behind the last event that `reader` has. Raises as `run`."""
+    async def attach(
+        self, task_id: str, reader: FrameReader, accepted: Callable[[], None] | None = None
+    ) -> None:
+        """Take up the stream of a task behind the last event that `reader` has. Raises as `run`, and
+        `TaskUnknown`."""
         reader.reconnected()
-        await self._stream("GET", f"/tasks/{task_id}/events?after={reader.seq}", reader)
+        await self._stream("GET", f"/tasks/{task_id}/events?after={reader.seq}", reader, accepted)
 
     async def cancel(self, task_id: str) -> None:
         """Ask the worker to stop the task, on a connection of its own. Raises `LinkBroken`, or `TaskRefused`
@@ -115,13 +135,27 @@ class WorkerLink:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise LinkBroken(f"cancel was not delivered: {error!r}") from error
 
-    async def _stream(self, method: str, url: str, reader: FrameReader, **request: Any) -> None:
+    async def _stream(
+        self,
+        method: str,
+        url: str,
+        reader: FrameReader,
+        accepted: Callable[[], None] | None,
+        **request: Any,
+    ) -> None:
         try:
             async with self._http.request(
                 method, url, timeout=_STREAM, allow_redirects=False, **request
             ) as answer:
+                if answer.status == 410:
+                    async with asyncio.timeout(_CALL.total):
+                        raw = await _bounded(answer)
+                    raise EventsDropped(_oldest_of(raw, reader.seq))
                 if answer.status != 200:
-                    raise TaskRefused(f"the worker answered {answer.status} to {method}")
+                    refusal = TaskUnknown if (method, answer.status) == ("GET", 404) else TaskRefused
+                    raise refusal(f"the worker answered {answer.status} to {method}")
+                if accepted is not None:
+                    accepted()
                 async for chunk in answer.content.iter_any():
                     reader.feed(chunk)
                     if reader.end is not None:
@@ -158,6 +192,18 @@ async def _finish(answer: aiohttp.ClientResponse) -> None:
         async with asyncio.timeout(LAST_BYTE_SECONDS):
             if await answer.content.readany():
                 raise ProtocolFault("bytes came after `end`")
+
+
+def _oldest_of(raw: bytes, seq: int) -> int:
+    """The first event that is still kept, from the body of a 410 to who has the events up to `seq`."""
+    try:
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise ProtocolFault("the body of a 410 is not JSON") from None
+    oldest = data.get("oldest") if isinstance(data, dict) else None
+    if type(oldest) is not int or not seq + 1 < oldest <= MAX_EVENT_NUMBER:
+        raise ProtocolFault(f"a 410 behind event {seq} names {str(oldest)[:80]!r} as the oldest one kept")
+    return oldest
 
 
 async def _bounded(answer: aiohttp.ClientResponse) -> bytes:

@@ -117,16 +117,18 @@ async def api_world(
     """The application over a world of `engine_world(**engine)`."""
     file = _presets_file(tmp_path)
     config = Settings(_env_file=None, **(settings or {}))
-    engine = {"slots": slot_specs(4), "rules": config.rules(), **engine}
+    loaded = presets.load(file, ("gpu-server/*",))
+    engine = {"slots": slot_specs(4), "rules": config.rules(), "find_preset": loaded.get, **engine}
     async with unwrapped(), engine_world(tmp_path, **engine) as world:
         service = Service(
             settings=config,
             engine=world.engine,
-            presets=presets.load(file, ("gpu-server/*",)),
+            presets=loaded,
             models=FolderModelStore(tmp_path / "models"),
             runtime=world.runtime,
             clock=world.clock,
             internal_key=KEY,
+            fingerprint_key=b"of the tests",
             warnings=warnings,
         )
         app = create_app(service)

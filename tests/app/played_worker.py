@@ -90,6 +90,39 @@ async def hold(worker: PlayedWorker, call: Call) -> None:
 
 
 @dataclass
+class Remembering:
+    """A worker that keeps what it said: it runs a task once, and can be followed from any event on. It says
+    `before` deltas at once, and the others and the end when the test says so.
+
+    `oldest`: it has dropped the events before that one.
+    """
+
+    deltas: int = 6
+    before: int = 3
+    oldest: int = 1
+    ran: list[str] = field(default_factory=list)
+
+    async def __call__(self, worker: PlayedWorker, call: Call) -> None:
+        """Answer to a task that is given, or asked for."""
+        task_id, _, rest = call.path.removeprefix("/tasks/").partition("/")
+        after = int(rest.partition("after=")[2] or 0)
+        if task_id not in self.ran:
+            if call.method != "POST":
+                await call.answer(404, {})
+                return
+            self.ran.append(task_id)
+        if after + 1 < self.oldest:
+            await call.answer(410, {"error": "dropped", "oldest": self.oldest})
+            return
+        frames = [frame(n, "text_delta", delta=f"d{n}") for n in range(1, self.deltas + 1)]
+        await call.stream(*frames[after : self.before])
+        await worker.released.wait()
+        await call.send(*frames[max(after, self.before) :])
+        await call.send(end(self.deltas + 1, "cancelled" if task_id in worker.cancelled else "completed"))
+        await call.done()
+
+
+@dataclass
 class PlayedWorker:
     """Answers on one socket; `on_task` and `on_attach` say how it behaves."""
 

@@ -50,3 +50,8 @@ async def until(reader: AsyncIterator[bytes], name: str) -> list[Event]:
     while not any(event.name == name for event in seen):
         seen += await next_events(reader)
     return seen
+
+
+def numbered_without_a_hole(events: list[Event]) -> bool:
+    """Whether these are all events from the first on, each once and in order."""
+    return [event.number for event in events] == list(range(1, len(events) + 1))

@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gpu_server.core import events as ev
 from gpu_server.core.slots import SlotState
 from gpu_server.ports import SlotReading
@@ -40,6 +42,8 @@ async def test_ok(tmp_path: Path) -> None:
                 "enclave_healthy": None,
                 "gpu_healthy": True,
                 "models_loaded": 0,
+                "runtime_reachable": True,
+                "storage_healthy": True,
                 "active_sessions": 0,
                 "active_tasks": 0,
                 "waiting_sessions": 0,
@@ -114,6 +118,41 @@ async def test_stopping(tmp_path: Path) -> None:
     async with api_world(tmp_path) as api:
         api.world.engine.report(ev.ShutdownOrdered())
         assert await state(api) == (503, "stopping", False)
+
+
+async def test_handed_over(tmp_path: Path) -> None:
+    """A node whose service is being replaced takes nothing more."""
+    async with api_world(tmp_path) as api:
+        api.world.engine.hand_over()
+        assert await state(api) == (503, "stopping", False)
+
+
+async def test_without_a_runtime(tmp_path: Path) -> None:
+    """While the runtime does not answer the node serves on, less well; why is for those who have a key."""
+    async with api_world(tmp_path) as api:
+        api.world.engine.report(ev.RuntimeChecked(doubt="no answer from the engine"))
+        assert await state(api) == (200, "degraded", True)
+        _, report = await health(api)
+        assert (report["runtime_reachable"], report["storage_healthy"]) == (False, True)
+        assert report["warnings"] == ["ask with an API key"]
+        assert (await health(api, "anyone"))[1]["warnings"] == ["no answer from the engine"]
+        api.world.engine.report(ev.RuntimeChecked(doubt=None))
+        assert await state(api) == (200, "ok", True)
+
+
+@pytest.mark.parametrize("part", ["journal", "spool"])
+async def test_without_storage(tmp_path: Path, part: str) -> None:
+    """A node that cannot remember takes nothing new, whichever of its two memories it is."""
+    async with api_world(tmp_path) as api:
+        place = api.world.journal if part == "journal" else api.world.spool
+        fault = "failing" if part == "journal" else "fault"
+        setattr(place, fault, "no space left on device")
+        assert await state(api) == (503, "unhealthy", False)
+        _, report = await health(api)
+        assert (report["runtime_reachable"], report["storage_healthy"]) == (True, False)
+        assert (await health(api, "anyone"))[1]["warnings"] == ["no space left on device"]
+        setattr(place, fault, None)
+        assert await state(api) == (200, "ok", True)
 
 
 async def test_holders(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,42 @@ from fastapi import FastAPI
 
 from gpu_server import __version__
 from gpu_server.app import Server, create_app
-from gpu_server.client import Client, TaskEvent
+from gpu_server.client import Client, Refused, TaskEvent
 from gpu_server.core import events as ev
-from tests.app.api_world import api_world
+from gpu_server.core.notices import UNNUMBERED
+from tests.app.api_world import Api, api_world
+from tests.app.played_worker import hold
 from tests.app.processes import KEY, service_process
 
+SESSION = {"model_id": "echo", "task_preset": "batch"}
 HOLD = {
+    **SESSION,
     "task_type": "session",
-    "model_id": "echo",
-    "task_preset": "stream",
     "metadata": {"prompt": "held", "hang": True, "ignore_cancel": True},
 }
+TALK = {
+    **SESSION,
+    "task_type": "session",
+    "metadata": {"prompt": " ".join(f"w{n}" for n in range(10)), "delay_ms": 100},
+}
+
+
+def said(events: list[TaskEvent]) -> str:
+    return "".join(event.data["delta"] for event in events if event.event == "text_delta")
+
+
+def left_in(tmp_path: Path) -> list[Path]:
+    """The run folders that are there."""
+    return [path for path in (tmp_path / "run").glob("*/*") if path.is_dir()]
+
+
+async def until_refused(client: Client) -> None:
+    """Wait until the service takes nothing more."""
+    while True:
+        try:
+            await client.call("POST", "/api/sessions", SESSION)
+        except Refused:
+            return
 
 
 async def test_the_description(tmp_path: Path) -> None:
@@ -68,21 +95,116 @@ async def test_the_app_serves_its_service(tmp_path: Path) -> None:
         assert create_app(one.service).state.service is one.service
 
 
-async def test_stopping(tmp_path: Path) -> None:
-    """At the first signal every session ends; at the second nobody is waited for."""
+@asynccontextmanager
+async def serving_one_task(tmp_path: Path) -> AsyncIterator[tuple[Api, Server, str]]:
+    """A server with a task that does not end by itself; the server, and the task's session."""
     async with api_world(tmp_path) as api:
-        server = Server(uvicorn.Config(FastAPI()))
+        api.world.on_task = hold
+        task_id, session_id = api.world.submit(timeout=1000)
+        await api.world.saw(task_id, "held")
+        yield api, Server(uvicorn.Config(FastAPI())), session_id
+
+
+async def test_stopping(tmp_path: Path) -> None:
+    """At the first signal no work is taken any more and what runs goes on; at the second every session ends;
+    at the third nobody is waited for."""
+    async with serving_one_task(tmp_path) as (api, server, session_id):
         server.stop(api.service)
-        assert (server.should_exit, server.force_exit) == (True, False)
+        await api.world.until(lambda: api.world.told(ev.DrainOrdered))
+        (await api.submit()).problem(503, "shutting_down")
+        assert api.world.session(session_id).state == "working"
+        assert (server.should_exit, server.force_exit) == (False, False)
+        assert api.world.told(ev.ShutdownOrdered) == []
+        server.stop(api.service)
         assert api.world.told(ev.ShutdownOrdered) == [ev.ShutdownOrdered()]
+        assert (server.should_exit, server.force_exit) == (True, False)
         server.stop(api.service)
         assert (server.should_exit, server.force_exit) == (True, True)
 
 
+@pytest.mark.parametrize("how", ["work ends", "grace ends"])
+async def test_a_drain_is_over(tmp_path: Path, how: str) -> None:
+    """The server exits when what ran has ended, or has had SHUTDOWN_GRACE_SECONDS for it."""
+    async with serving_one_task(tmp_path) as (api, server, session_id):
+        grace = api.service.settings.shutdown_grace_seconds
+        server.stop(api.service)
+        await api.world.clock.until_slept_to(api.world.clock.now() + grace)
+        if how == "work ends":
+            api.world.workers[session_id].released.set()
+        else:
+            api.world.clock.advance(grace)
+        await api.world.until(lambda: server.should_exit)
+        assert not server.force_exit
+        await api.world.until(lambda: api.world.session(session_id).ended)
+        status = "completed" if how == "work ends" else "failed"
+        assert [task.state for task in api.world.engine.node.tasks.values()] == [status]
+
+
+async def test_an_engine_that_is_broken_does_not_drain(tmp_path: Path) -> None:
+    """After a bug nothing is waited for."""
+    async with serving_one_task(tmp_path) as (api, server, _):
+        api.world.engine.broken = "a bug"
+        server.stop(api.service)
+        assert server.should_exit
+
+
+async def test_handing_over(tmp_path: Path) -> None:
+    """A service that hands over exits and ends nothing; nor does a signal to stop that comes meanwhile."""
+    async with serving_one_task(tmp_path) as (api, server, session_id):
+        server.hand_over(api.service)
+        assert (server.should_exit, server.force_exit) == (True, False)
+        assert api.world.engine.handed_over
+        for forced in (False, True):
+            server.stop(api.service)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert server.force_exit is forced
+        assert api.world.session(session_id).state == "working"
+        assert api.world.told(ev.DrainOrdered) == api.world.told(ev.ShutdownOrdered) == []
+
+
+async def test_handing_over_after_all(tmp_path: Path) -> None:
+    """A service that drains can still hand over what is left: its grace ends nothing more then."""
+    async with serving_one_task(tmp_path) as (api, server, session_id):
+        server.stop(api.service)
+        grace = api.service.settings.shutdown_grace_seconds
+        await api.world.clock.until_slept_to(api.world.clock.now() + grace)
+        server.hand_over(api.service)
+        api.world.clock.advance(grace)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert server.should_exit
+        assert api.world.session(session_id).state == "working"
+        assert api.world.told(ev.ShutdownOrdered) == []
+
+
+# -- as a process -----------------------------------------------------------------------------------------
+
+
+async def test_sigterm_lets_tasks_end(tmp_path: Path) -> None:
+    """A task that ends by itself is not disturbed; new work is refused meanwhile. Then no worker is left, and
+    the exit status is 0."""
+    with service_process(tmp_path) as service:
+        seen: list[TaskEvent] = []
+        async with asyncio.timeout(60), Client(service.url, KEY) as client:
+            async for event in client.submit(TALK):
+                seen.append(event)
+                if event.data.get("delta") == "w0 ":
+                    service.process.send_signal(signal.SIGTERM)
+                if event.data.get("delta") == "w5 ":
+                    with pytest.raises(Refused, match="shutting_down"):
+                        await client.call("POST", "/api/sessions", SESSION)
+        assert said(seen) == TALK["metadata"]["prompt"]
+        assert seen[-1].data["status"] == "completed"
+        assert await asyncio.to_thread(service.process.wait, 60) == 0
+        assert left_in(tmp_path) == []
+        assert "service.stopped" in service.log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signals(tmp_path: Path, number: signal.Signals) -> None:
-    """A signal ends every task with its reason while the clients still listen, and leaves no worker; the
-    exit status is 0."""
+    """A second signal ends every task with its reason while the clients still listen, and leaves no worker;
+    the exit status is 0."""
     with service_process(tmp_path) as service:
         seen: list[TaskEvent] = []
         async with asyncio.timeout(60), Client(service.url, KEY) as client:
@@ -90,12 +212,54 @@ async def test_signals(tmp_path: Path, number: signal.Signals) -> None:
                 seen.append(event)
                 if event.data.get("delta") == "held":
                     service.process.send_signal(number)
+                    await until_refused(client)
+                    service.process.send_signal(number)
         assert seen[-1].event == "task_finish"
         assert seen[-1].data["error"]["code"] == "shutdown"
         assert await asyncio.to_thread(service.process.wait, 60) == 0
-        assert list((tmp_path / "run").iterdir()) == []
+        assert left_in(tmp_path) == []
         assert "service.stopped" in service.log
         assert KEY not in service.log
+
+
+async def test_the_grace_has_an_end(tmp_path: Path) -> None:
+    """A task that does not end within SHUTDOWN_GRACE_SECONDS is ended."""
+    with service_process(tmp_path, SHUTDOWN_GRACE_SECONDS="0.3") as service:
+        seen: list[TaskEvent] = []
+        async with asyncio.timeout(60), Client(service.url, KEY) as client:
+            async for event in client.submit(HOLD):
+                seen.append(event)
+                if event.data.get("delta") == "held":
+                    service.process.send_signal(signal.SIGTERM)
+        assert seen[-1].data["error"]["code"] == "shutdown"
+        assert await asyncio.to_thread(service.process.wait, 60) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGKILL])
+async def test_the_next_one_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    """A service that hands over, or is killed, in the middle of a task: the next one goes on with it, and the
+    client, which asks on, gets each event once."""
+    with service_process(tmp_path) as first:
+        port = first.url.rsplit(":", 1)[1]
+        seen: list[TaskEvent] = []
+        async with asyncio.timeout(60), Client(first.url, KEY) as client, AsyncExitStack() as stack:
+            async for event in client.submit(TALK):
+                seen.append(event)
+                if event.data.get("delta") == "w1 ":
+                    first.process.send_signal(number)
+                    status = await asyncio.to_thread(first.process.wait, 60)
+                    assert status == (0 if number == signal.SIGUSR2 else -signal.SIGKILL)
+                    second = await asyncio.to_thread(
+                        stack.enter_context, service_process(tmp_path, HTTP_PORT=port)
+                    )
+            numbers = [event.id for event in seen if event.event not in UNNUMBERED]
+            assert numbers == list(range(1, len(numbers) + 1))
+            assert said(seen) == TALK["metadata"]["prompt"]
+            assert seen[-1].data["status"] == "completed"
+            second.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(second.process.wait, 60) == 0
+        assert left_in(tmp_path) == []
+        assert ("service.handed_over" in first.log) is (number == signal.SIGUSR2)
 
 
 CRASHING = """

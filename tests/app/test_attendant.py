@@ -10,30 +10,27 @@ from typing import Any
 
 import pytest
 
-from gpu_server import attendant
+from gpu_server import attendant, relay
 from gpu_server.core import events as ev
 from gpu_server.core.sessions import Rules
 from gpu_server.ports import Output, RuntimeUnreachable, StartRefused, WorkerSpec
+from gpu_server.presets import Preset
 from tests.app.played_worker import Call, PlayedWorker, TaskScript, end, frame, hold
-from tests.app.world import EXEC, PRESET, World, engine_world
+from tests.app.world import EXEC, IMAGE, PRESET, World, engine_world
 from tests.fakes.runtime import FakeScript
 
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exit of a worker is waited for as long as the fake takes to tell it."""
+    """The exit of a worker is waited for as long as the fake takes to tell it, and so is the runtime."""
     monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
     monkeypatch.setattr(attendant, "LOADING_POLL_SECONDS", 0.005)
+    monkeypatch.setattr(attendant, "REATTACH_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(attendant, "UNREACHABLE_TRIES", 3)
 
 
 def delta(number: int) -> bytes:
     return frame(number, "text_delta", delta=f"d{number}")
-
-
-def after(call: Call) -> int:
-    path, _, number = call.path.partition("/events?after=")
-    assert path.startswith("/tasks/t_")
-    return int(number)
 
 
 def deltas(events: list[Any]) -> list[str]:
@@ -53,56 +50,7 @@ async def run(
     return await world.events(task_id), session_id
 
 
-# -- broken connections -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["cut", "done"])
-async def test_a_broken_stream_is_taken_up(tmp_path: Path, how: str) -> None:
-    """A stream that breaks in the middle of a frame is taken up behind the last whole one: nothing is lost
-    or doubled."""
-    asked: list[int] = []
-
-    async def breaks(worker: PlayedWorker, call: Call) -> None:
-        await call.stream(delta(1) + delta(2) + delta(3)[:20])
-        if how == "cut":
-            await worker.released.wait()
-            call.cut()
-        else:
-            await call.done()
-
-    async def resumes(worker: PlayedWorker, call: Call) -> None:
-        asked.append(after(call))
-        await call.stream(*(delta(n) for n in range(asked[-1] + 1, 6)), end(6))
-        await call.done()
-
-    async with engine_world(tmp_path) as world:
-        world.prepare = lambda worker: (
-            setattr(worker, "on_task", breaks),
-            setattr(worker, "on_attach", resumes),
-        )
-        task_id, session_id = world.submit()
-        await world.saw(task_id, "d2")
-        world.workers[session_id].released.set()
-        events = await world.events(task_id)
-        assert deltas(events) == [f"d{n}" for n in range(1, 6)]
-        assert asked == [2]
-        assert [event.number for event in events] == list(range(1, len(events) + 1))
-        assert events[-1].data["status"] == "completed"
-        assert world.session(session_id).state == "ready"
-
-
-async def test_progress_renews_the_patience(tmp_path: Path) -> None:
-    """A connection that breaks again and again is taken up as long as each time brings something new."""
-
-    async def one_more(worker: PlayedWorker, call: Call) -> None:
-        seen = after(call) if call.method == "GET" else 0
-        await call.stream(delta(seen + 1) if seen < 9 else end(10))
-        await call.done()
-
-    async with engine_world(tmp_path) as world:
-        events, _ = await run(world, one_more, one_more)
-        assert deltas(events) == [f"d{n}" for n in range(1, 10)]
-        assert events[-1].data["status"] == "completed"
+# -- broken connections: what they do to the session; test_relay.py has what they do to the task -----------
 
 
 async def test_no_progress_ends_the_session(tmp_path: Path) -> None:
@@ -120,7 +68,7 @@ async def test_no_progress_ends_the_session(tmp_path: Path) -> None:
         attaches = [
             path for method, path in world.workers[session_id].calls if method == "GET" and "tasks" in path
         ]
-        assert len(attaches) == attendant.REATTACH_TRIES
+        assert len(attaches) == relay.REATTACH_TRIES
         await world.free()
 
 
@@ -159,37 +107,26 @@ async def test_end_and_then_a_broken_stream(tmp_path: Path) -> None:
 # -- refusals and faults ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [400, 404, 500, 503])
-async def test_a_refused_task(tmp_path: Path, status: int) -> None:
+async def test_a_refused_task(tmp_path: Path) -> None:
     """A task that the worker does not take fails, and the session goes on."""
 
     async def refuse(worker: PlayedWorker, call: Call) -> None:
         worker.on_task = hold
-        await call.answer(status, {})
+        await call.answer(503, {})
 
     async with engine_world(tmp_path) as world:
         events, session_id = await run(world, refuse)
         assert events[-1].data["status"] == "failed"
         assert events[-1].data["error"]["code"] == "worker_protocol"
-        assert str(status) in events[-1].data["error"]["message"]
+        assert "503" in events[-1].data["error"]["message"]
         assert world.session(session_id).state == "ready"
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        b"\x00\xff\n\n",
-        frame(1, "connection", status="allocated"),
-        frame(1, "task_finish", status="completed"),
-        delta(7),
-        end(2) + end(3),
-    ],
-)
-async def test_a_protocol_fault_ends_the_session(tmp_path: Path, garbage: bytes) -> None:
+async def test_a_protocol_fault_ends_the_session(tmp_path: Path) -> None:
     """A worker that breaks the contract loses its session; what it sent properly before is kept."""
 
     async def misbehave(worker: PlayedWorker, call: Call) -> None:
-        await call.stream(delta(1), garbage)
+        await call.stream(delta(1), frame(1, "task_finish", status="completed"))
         await worker.released.wait()
 
     async with engine_world(tmp_path) as world:
@@ -250,9 +187,6 @@ async def failed_start(world: World, preset: Any = PRESET) -> tuple[str, str, st
         ("require_image", StartRefused("image_missing", "no such image"), "image_missing"),
         ("create", StartRefused("start_failed", "no"), "start_failed"),
         ("start", StartRefused("start_failed", "no"), "start_failed"),
-        ("require_image", RuntimeUnreachable("gone"), "runtime_unreachable"),
-        ("create", RuntimeUnreachable("gone"), "runtime_unreachable"),
-        ("start", RuntimeUnreachable("gone"), "runtime_unreachable"),
         ("create", OSError(28, "No space left on device"), "start_failed"),
         ("start", ZeroDivisionError("a bug"), "internal"),
     ],
@@ -267,18 +201,52 @@ async def test_a_start_that_is_refused(tmp_path: Path, method: str, error: Excep
         assert str(error.args[-1]) in message
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (StartRefused("start_failed", "no"), "start_failed"),
-        (RuntimeUnreachable("gone"), "runtime_unreachable"),
-    ],
-)
-async def test_a_program_that_cannot_start(tmp_path: Path, error: Exception, code: str) -> None:
+async def test_a_program_that_cannot_start(tmp_path: Path) -> None:
     """The same holds for programs of the exec contract."""
     async with engine_world(tmp_path) as world:
-        world.runtime.wrong["start"] = error
-        assert (await failed_start(world, EXEC))[0] == code
+        world.runtime.wrong["start"] = StartRefused("start_failed", "no")
+        assert (await failed_start(world, EXEC))[0] == "start_failed"
+
+
+@pytest.mark.parametrize("method", ["require_image", "create", "start"])
+async def test_a_runtime_that_stays_away(tmp_path: Path, method: str) -> None:
+    """A start that the runtime does not answer to is tried again a few times, and then fails."""
+    async with engine_world(tmp_path) as world:
+        world.runtime.wrong[method] = RuntimeUnreachable("gone")
+        assert (await failed_start(world))[::2] == ("runtime_unreachable", "start_failed")
+        assert [name for name, _ in world.runtime.calls].count(method) == attendant.UNREACHABLE_TRIES
+        assert world.started == []
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+@pytest.mark.parametrize("preset", [PRESET, EXEC])
+@pytest.mark.parametrize("method", ["require_image", "create", "start"])
+async def test_a_runtime_that_is_away_for_a_while(
+    tmp_path: Path, method: str, preset: Preset, arrives: bool
+) -> None:
+    """A start goes on when the runtime answers again, whether it had taken the last order or not; the worker
+    is started once. Meanwhile it is known that nobody else can be started."""
+    async with engine_world(tmp_path) as world:
+        world.machine.images[IMAGE] = FakeScript(exit_code=0 if preset is EXEC else None)
+        order = getattr(world.runtime, method)
+        tries: list[Any] = []
+
+        async def order_or_not(*args: Any) -> Any:
+            tries.append(args)
+            if len(tries) < 3:
+                if arrives and len(tries) == 1:
+                    await order(*args)
+                raise RuntimeUnreachable("gone")
+            return await order(*args)
+
+        setattr(world.runtime, method, order_or_not)
+        task_id, session_id = world.submit(preset=preset)
+        assert (await world.events(task_id))[-1].data["status"] == "completed"
+        assert world.started == [session_id]
+        assert len(tries) == (1 if arrives and method == "start" else 3)
+        if preset is PRESET or method != "start":
+            assert world.told(ev.RuntimeChecked)
+        assert world.told(ev.WorkerLost) == []
 
 
 async def test_loading(tmp_path: Path) -> None:
@@ -505,38 +473,6 @@ async def test_a_program_that_talks_to_the_end(tmp_path: Path) -> None:
 
 
 # -- a worker within its rights ---------------------------------------------------------------------------
-
-
-async def test_a_task_whose_connection_was_closed_before_it_came_is_sent_again(tmp_path: Path) -> None:
-    """A worker may close an idle connection; the session does not pay for it with its life."""
-    tries: list[str] = []
-
-    async def closes_once(worker: PlayedWorker, call: Call) -> None:
-        tries.append(call.method)
-        if len(tries) == 1:
-            call.cut()
-            return
-        await call.stream(delta(1), end(2))
-        await call.done()
-
-    async with engine_world(tmp_path) as world:
-        events, session_id = await run(world, closes_once)
-        assert (tries, deltas(events)) == (["POST", "POST"], ["d1"])
-        assert events[-1].data["status"] == "completed"
-        assert world.session(session_id).state == "ready"
-
-
-async def test_a_task_is_over_when_it_says_so(tmp_path: Path) -> None:
-    """A worker that keeps the response open after `end` does not keep its task running."""
-
-    async def keeps_it_open(worker: PlayedWorker, call: Call) -> None:
-        await call.stream(delta(1), end(2))
-        await worker.released.wait()
-
-    async with engine_world(tmp_path) as world:
-        events, session_id = await run(world, keeps_it_open)
-        assert events[-1].data["status"] == "completed"
-        world.workers[session_id].released.set()
 
 
 async def test_a_cancel_that_overtakes_its_task_is_repeated(

@@ -29,10 +29,11 @@ class Laundry:
     def __init__(self, root: Path, give_up: float = 60.0) -> None:
         self.machine = FakeEngine(images={IMAGE: FakeScript()})
         self.runtime, self.clock, self.folders = FakeRuntime(self.machine), FakeClock(), RunFolders(root)
-        self.live: set[str] = set()
+        self.serving: dict[str, str] = {}
         self.wash = CarWash(
-            self.runtime, self.folders, self.clock, give_up=give_up, is_live=self.live.__contains__
+            self.runtime, self.folders, self.clock, give_up=give_up, served_by=self.serving.get
         )
+        self.wash.swept = True
 
     async def worker(self, session_id: str, fence: int = 1, *, runtime: FakeRuntime | None = None) -> str:
         """A running worker with its folder; its container's name."""
@@ -221,13 +222,25 @@ async def test_residue(laundry: Laundry) -> None:
     await laundry.worker("s_old", 3)
     laundry.folders.create("s_older", TEST_UID, None)
     live = await laundry.worker("s_live", 4)
-    laundry.live.add("s_live")
+    laundry.serving["s_live"] = live
     elsewhere = Laundry(laundry.folders._root.parent / "other")
     theirs = await elsewhere.worker("s_theirs", runtime=FakeRuntime(laundry.machine, instance="other"))
     found = await outcomes(laundry.run(laundry.order(None, 0)))
     assert found == [("passed", "0"), ("passed", "1")]
     assert set(laundry.machine.containers) == {live, theirs}
     assert laundry.folders.names() == ("s_live",)
+
+
+async def test_a_former_container_of_a_session_that_has_another(laundry: Laundry) -> None:
+    """Only the container that serves a session now is its own: one of an earlier lease is residue. The folder
+    is the session's, whichever container uses it."""
+    old = await laundry.worker("s_1", 3)
+    now = await laundry.worker("s_1", 4)
+    laundry.serving["s_1"] = now
+    assert set(laundry.machine.containers) == {old, now}
+    assert await laundry.wash.remove_residue() == 1
+    assert set(laundry.machine.containers) == {now}
+    assert laundry.folders.names() == ("s_1",)
 
 
 async def test_residue_that_cannot_be_removed(laundry: Laundry) -> None:
@@ -249,3 +262,15 @@ async def test_count_of_residue(laundry: Laundry) -> None:
     await laundry.worker("s_1")
     assert await laundry.wash.remove_residue() == 2
     assert await laundry.wash.remove_residue() == 0
+
+
+async def test_no_slot_is_free_before_residue_is_gone(laundry: Laundry) -> None:
+    """A container that no row knows may be on any slot: the first wash of a life waits until it is gone,
+    whatever it was ordered for."""
+    laundry.wash.swept = False
+    await laundry.worker("s_1")
+    unknown = await laundry.worker("s_unknown")
+    async for outcome in laundry.run(laundry.order()):
+        if isinstance(outcome, ev.WashPassed):
+            assert unknown not in laundry.machine.containers
+    assert laundry.wash.swept

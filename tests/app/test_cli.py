@@ -115,6 +115,34 @@ def test_submit_as_json(url: str) -> None:
     assert [event["data"]["delta"] for event in events if event["event"] == "text_delta"] == ["x"]
 
 
+def test_a_detached_task(url: str) -> None:
+    """--detach prints the task's id at once; it is followed, shown and cancelled by that."""
+    submitted = submit(url, "--detach", "--prompt", "later")
+    assert submitted.exit_code == 0
+    task_id = submitted.stdout.strip()
+    assert task_id.startswith("t_")
+    followed = run("tasks", "follow", task_id, "--json", "--url", url)
+    assert followed.exit_code == 0
+    last = json.loads(followed.stdout.splitlines()[-1])
+    assert last["data"]["status"] == "completed"
+    nothing = run("tasks", "follow", task_id, "--after", str(last["id"]), "--url", url)
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    for command in ("show", "cancel"):  # it has ended: cancelling changes nothing
+        assert json.loads(run("tasks", command, task_id, "--url", url).stdout)["state"] == "completed"
+    assert run("tasks", "follow", "t_unknown", "--url", url).exit_code == 1
+
+
+def test_submitting_again_with_the_same_key(url: str) -> None:
+    """The same key joins the same task; with another input it is refused."""
+    first, again, other = (
+        submit(url, "--detach", "--idempotency-key", "cli-1", "--prompt", prompt)
+        for prompt in ("x", "x", "y")
+    )
+    assert first.stdout == again.stdout
+    assert other.exit_code == 1
+    assert "idempotency_mismatch" in other.stderr
+
+
 def test_metadata_from_standard_input(url: str) -> None:
     """`-` reads the metadata from standard input."""
     result = submit(url, "--json", "-", input='{"prompt": "from a pipe"}')

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpu_server import engine
+from gpu_server import inputs
 from gpu_server.core import events as ev
 from gpu_server.core.effects import Effect
 from gpu_server.core.errors import Refusal, RefusalCode
@@ -22,12 +22,12 @@ from tests.app.world import EXEC, IMAGE, PRESET, World, engine_world, slot_specs
 
 
 def kept(world: World) -> tuple[int, ...]:
-    """How much the engine holds: streams, bodies, presets, attendants, washes, bytes."""
+    """How much the engine holds: streams, bytes of inputs, files in the spool, attendants, washes, bytes."""
     engine = world.engine
     return (
         len(engine.streams),
-        len(engine._bodies),
-        len(engine._presets),
+        world.inputs._total,
+        len(world.spool.known()),
         len(engine.attendants),
         len(engine._washes),
         engine.streams.kept_bytes,
@@ -83,7 +83,7 @@ async def test_an_ended_session_leaves_nothing(tmp_path: Path) -> None:
 async def test_a_refused_task_leaves_nothing(
     tmp_path: Path, preset: Preset, session_id: str | None, code: RefusalCode
 ) -> None:
-    """A refused submission keeps no stream, no body and no preset."""
+    """A refused submission keeps no stream, no input and no file."""
     async with engine_world(tmp_path) as world:
         with pytest.raises(Refusal) as refused:
             world.submit(session_id, preset=preset)
@@ -95,18 +95,14 @@ async def test_a_refused_session_leaves_nothing(tmp_path: Path) -> None:
     """A refused start of a session keeps nothing either."""
     async with engine_world(tmp_path) as world:
         with pytest.raises(Refusal, match="exec contract"):
-            world.engine.request_session(
-                "s_1", tenant="a", tier=None, model_id="m", task_preset="p", preset=EXEC
-            )
+            world.request("s_1", preset="exec")
         assert kept(world) == (0,) * 6
 
 
 async def test_a_session_ahead_of_its_first_task(tmp_path: Path) -> None:
     """A requested session starts its worker and waits for tasks."""
     async with engine_world(tmp_path) as world:
-        world.engine.request_session(
-            "s_1", tenant="a", tier=None, model_id="m", task_preset="p", preset=PRESET
-        )
+        world.request("s_1")
         await world.ready("s_1")
         task_id, _ = world.submit("s_1", prompt="x")
         first = (await world.events(task_id))[0]
@@ -130,7 +126,7 @@ async def test_exec(tmp_path: Path) -> None:
     async with engine_world(tmp_path, slots=slot_specs(2)) as world:
         for code, status in ((0, "completed"), (3, "failed")):
             task_id, session_id = world.submit(preset=EXEC, prompt="x")
-            await world.until(lambda s=session_id: world.session(s).state == "working")
+            await world.until(lambda s=session_id: s in world.started)
             spec = world.machine.containers[world.container(session_id)].spec
             assert spec.task_id == task_id
             assert (spec.folder.task / "input.json").read_bytes() == b'{"metadata":{"prompt":"x"}}'
@@ -150,12 +146,10 @@ async def test_exec(tmp_path: Path) -> None:
 async def test_model_that_is_not_there(tmp_path: Path) -> None:
     """A preset whose model folder is missing fails the task with its own code, whatever the id looks like."""
     async with engine_world(tmp_path) as world:
+        world.presets["weights"] = Preset(docker_image=IMAGE)
         for model_id in ("m", "name:tag"):
-            preset = Preset(docker_image=IMAGE)
             session_id = f"s_{model_id[0]}"
-            world.engine.request_session(
-                session_id, tenant="a", tier=None, model_id=model_id, task_preset="p", preset=preset
-            )
+            world.request(session_id, model_id=model_id, preset="weights")
             await world.until(lambda s=session_id: world.session(s).ended)
             failure = world.session(session_id).failure
             assert failure is not None
@@ -294,6 +288,87 @@ async def test_shut_down_does_not_wait_for_ever(tmp_path: Path) -> None:
         assert world.session(session_id).state == "draining"
 
 
+async def test_drain_ends_with_the_work(tmp_path: Path) -> None:
+    """What has a session ends in its own time, the queue of a session too; who waits or idles ends at once,
+    and nobody new comes in."""
+    async with engine_world(tmp_path, slots=slot_specs(2)) as world:
+        world.remembers()
+        idle = world.request("s_idle")
+        await world.ready(idle)
+        running, session_id = world.submit()
+        await world.saw(running, "d3")
+        queued, _ = world.submit(session_id)
+        waiting, _ = world.submit(tenant="b")
+        draining = world.group.create_task(world.engine.drain(60))
+        assert (await world.events(waiting))[-1].data["error"]["code"] == "shutdown"
+        await world.until(lambda: world.session(idle).ended)
+        assert [world.task(task_id).state for task_id in (running, queued)] == ["running", "queued"]
+        for request in (lambda: world.submit(session_id), world.submit, lambda: world.request("s_new")):
+            with pytest.raises(Refusal) as refused:
+                request()
+            assert refused.value.code is RefusalCode.SHUTTING_DOWN
+        assert not draining.done()
+        world.workers[session_id].released.set()
+        for task_id in (running, queued):
+            assert (await world.events(task_id))[-1].data["status"] == "completed"
+        await draining
+        await world.until(lambda: world.session(session_id).ended)
+        assert world.session(session_id).close_reason == "shutdown"
+        assert world.clock.now() == 1000.0
+
+
+async def test_drain_ends_after_its_patience(tmp_path: Path) -> None:
+    """Work that does not end is not waited for any longer; it still runs then."""
+    async with engine_world(tmp_path) as world:
+        world.on_task = hold
+        task_id, session_id = world.submit(timeout=1000)
+        await world.saw(task_id, "held")
+        draining = world.group.create_task(world.engine.drain(60))
+        await world.clock.until_slept_to(world.clock.now() + 60)
+        world.engine.report(ev.StageReached(session_id="s_other", stage="x", done=0, total=None))
+        world.clock.advance(59)
+        await world.clock.until_slept_to(world.clock.now() + 1)
+        assert not draining.done()
+        world.clock.advance(1)
+        await draining
+        assert world.session(session_id).state == "working"
+
+
+@pytest.mark.parametrize("idle", [False, True])
+async def test_drain_of_an_idle_node(tmp_path: Path, idle: bool) -> None:
+    """Where no task is there is nothing to wait for."""
+    async with engine_world(tmp_path) as world:
+        if idle:
+            await world.ready(world.request("s_1"))
+        async with asyncio.timeout(10):
+            await world.engine.drain(60)
+        assert world.clock.slept_to == ()
+
+
+async def test_drain_of_a_broken_engine(tmp_path: Path) -> None:
+    """An engine that has met a bug while it drains ends nothing more, so that is not waited for."""
+    async with engine_world(tmp_path) as world:
+        world.on_task = hold
+        task_id, _ = world.submit()
+        await world.saw(task_id, "held")
+        draining = world.group.create_task(world.engine.drain(60))
+        await world.clock.until_slept_to(world.clock.now() + 60)
+        world.engine._break("a bug")
+        async with asyncio.timeout(10):
+            await draining
+
+
+async def test_shut_down_tells_what_is_left(tmp_path: Path) -> None:
+    """Whether all is gone: only then nothing has to be left to another life."""
+    async with engine_world(tmp_path) as world:
+        await world.ready(world.request("s_1"))
+        gate = world.runtime.gates["remove"] = asyncio.Event()
+        assert not await world.engine.shut_down(0.01)
+        gate.set()
+        assert await world.engine.shut_down(10)
+        assert world.machine.containers == {}
+
+
 async def test_exit_of_a_former_worker(tmp_path: Path) -> None:
     """An exit is heard by its own container's attendant only."""
     async with engine_world(tmp_path, rules=Rules(idle_timeout=50)) as world:
@@ -312,10 +387,10 @@ async def test_the_inputs_of_queued_tasks_are_bounded_together(
     async with engine_world(tmp_path, slots=slot_specs(2)) as world:
         first, _ = world.submit()
         await world.events(first)
-        monkeypatch.setattr(engine, "MAX_QUEUED_BYTES", 1)
+        monkeypatch.setattr(inputs, "MAX_BYTES", 1)
         with pytest.raises(Refusal) as refused:
             world.submit()
         assert refused.value.code is RefusalCode.TOO_MUCH_QUEUED
-        monkeypatch.setattr(engine, "MAX_QUEUED_BYTES", 1000)
+        monkeypatch.setattr(inputs, "MAX_BYTES", 1000)
         second, _ = world.submit()
         assert (await world.events(second))[-1].data["status"] == "completed"

@@ -35,6 +35,10 @@ class Sink:
         encode(event, data)
         self.events.append((None, event, data))
 
+    def miss(self, count: int) -> None:
+        self.events.append((None, "missed", count))
+        self.numbered += count
+
 
 def frame(number: int | None, event: str, data: Any) -> bytes:
     head = b"" if number is None else b"id: %d\n" % number
@@ -273,7 +277,8 @@ def test_end() -> None:
     [
         ({"status": "completed"}, TaskState.COMPLETED, None),
         ({"status": "completed", "error": {"code": "c", "message": "m"}}, TaskState.COMPLETED, None),
-        ({"status": "failed", "error": {"code": "c", "message": "m"}}, TaskState.FAILED, ("c", "m")),
+        ({"status": "failed", "error": {"code": "c_1", "message": "m"}}, TaskState.FAILED, ("c_1", "m")),
+        ({"status": "cancelled", "error": {"code": "c", "message": ""}}, TaskState.CANCELLED, ("c", "")),
         ({"status": "failed"}, TaskState.FAILED, ("task_failed", "the worker ended the task as failed")),
         (
             {"status": "cancelled"},
@@ -283,10 +288,28 @@ def test_end() -> None:
     ],
 )
 def test_end_states(data: dict[str, Any], state: TaskState, failure: tuple[str, str] | None) -> None:
-    """A task that ended badly always has a reason, the worker's own or ours."""
+    """A task that ended badly always has a reason, the worker's own, which says so, or ours."""
     reader, _ = read(frame(1, "end", data))
-    expected = None if failure is None else Failure(code=failure[0], message=failure[1])
+    expected = None
+    if failure is not None:
+        expected = Failure(code=failure[0], message=failure[1], from_worker="error" in data)
     assert reader.end == (state, expected, None)
+
+
+@pytest.mark.parametrize("code", ["c", "no_voice_2", "a" * 64])
+def test_a_code_is_kept(code: str) -> None:
+    """A worker's own code is the task's."""
+    reader, _ = read(frame(1, "end", {"status": "failed", "error": {"code": code, "message": "m"}}))
+    assert reader.end is not None
+    assert reader.end[1] == Failure(code=code, message="m", from_worker=True)
+
+
+@pytest.mark.parametrize("code", ["", "C", "1", "_a", "a-b", "a b", "a\n", "ä", "a" * 65, "my secret is 5"])
+def test_words_are_no_code(code: str) -> None:
+    """What a worker writes in the place of a code, and is none, goes no further."""
+    reader, _ = read(frame(1, "end", {"status": "failed", "error": {"code": code, "message": "m"}}))
+    assert reader.end is not None
+    assert reader.end[1] == Failure(code="task_failed", message="m", from_worker=True)
 
 
 @pytest.mark.parametrize("after", [delta(2), end(2), frame(None, "progress", {"stage": "s", "done": 1})])
@@ -330,6 +353,32 @@ def test_reconnected() -> None:
     reader.reconnected()
     reader.feed(whole)
     assert [data["delta"] for _, _, data in sink.events] == ["x", "whole"]
+
+
+def test_beginning_in_the_middle() -> None:
+    """A reader that begins behind event n takes event n + 1 first, and no other."""
+    sink = Sink()
+    reader = FrameReader(sink, 41)
+    reader.feed(delta(42, "next"))
+    assert [data["delta"] for _, _, data in sink.events] == ["next"]
+    assert reader.seq == 42
+    for number in (1, 41, 43):
+        with pytest.raises(ProtocolFault, match="came after 41"):
+            FrameReader(sink, 41).feed(delta(number))
+
+
+def test_skipping() -> None:
+    """Events that the worker has dropped are told as missed, once, and the next is the one behind them."""
+    reader, sink = read(delta(1), delta(2))
+    reader.skip_to(7)
+    assert reader.seq == 7
+    reader.feed(delta(8, "behind"))
+    assert [event[1:] for event in sink.events[2:]] == [("missed", 5), ("text_delta", {"delta": "behind"})]
+    assert sink.numbered == 8
+    for seq in (8, 3):
+        with pytest.raises(ValueError, match="not ahead"):
+            reader.skip_to(seq)
+    assert reader.seq == 8
 
 
 def test_encode() -> None:

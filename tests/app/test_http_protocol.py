@@ -1,136 +1,21 @@
-"""The HTTP/1.1 protocol under clients that send too much, too slowly, or nothing at all."""
+"""The HTTP/1.1 protocol under clients that send too much, too slowly, or nothing at all, or do not read."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from gpu_server import http_protocol
-from gpu_server.app import Server
 from gpu_server.http_protocol import MAX_HEAD_BYTES, BoundedHeadProtocol
-
-BIG = 5 * MAX_HEAD_BYTES
-
-
-@dataclass
-class Counting:
-    """An application that answers with the length of the body; what it is asked for says how."""
-
-    requests: list[tuple[str, int]] = field(default_factory=list)
-    streaming: asyncio.Event = field(default_factory=asyncio.Event)
-    go_on: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def __call__(
-        self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        length, more = 0, scope["path"] != "/refused"
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            length += len(message["body"])
-            more = message["more_body"]
-        self.requests.append((scope["path"], length))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"%d" % length, "more_body": True})
-        if scope["path"] == "/stream":
-            self.streaming.set()
-            await self.go_on.wait()
-            await send({"type": "http.response.body", "body": b" and more", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-@dataclass
-class Wire:
-    """One connection, byte by byte."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def send(self, *pieces: bytes) -> None:
-        """Send pieces, each in a read of its own as far as the system allows."""
-        for piece in pieces:
-            self.writer.write(piece)
-            await self.writer.drain()
-            await asyncio.sleep(0.001 if len(piece) < 100 else 0)
-
-    async def head(self) -> bytes:
-        """The next answer's head."""
-        async with asyncio.timeout(20):
-            return await self.reader.readuntil(b"\r\n\r\n")
-
-    async def answer(self) -> tuple[int, bytes]:
-        """The next answer, which is chunked: its status and body."""
-        status, body = int((await self.head()).split(b" ")[1]), b""
-        async with asyncio.timeout(20):
-            while length := int(await self.reader.readline(), 16):
-                body += (await self.reader.readexactly(length + 2))[:length]
-            await self.reader.readline()
-        return status, body
-
-    async def rest(self) -> bytes:
-        """Everything until the server closes, which it must. A reset may swallow what came before it."""
-        async with asyncio.timeout(20):
-            try:
-                return await self.reader.read()
-            except ConnectionError:
-                return b""
-
-
-@dataclass
-class Served:
-    """A served application."""
-
-    app: Counting
-    port: int
-
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[Wire]:
-        """A connection that is closed behind the test."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            yield Wire(reader, writer)
-        finally:
-            writer.transport.abort()
-
-
-@asynccontextmanager
-async def served(keep_alive: float = 20) -> AsyncIterator[Served]:
-    """A `Counting` behind the protocol, on a free port."""
-    app = Counting()
-    config = uvicorn.Config(
-        app,
-        http=BoundedHeadProtocol,
-        lifespan="off",
-        log_config=None,
-        timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # fractions work
-        timeout_graceful_shutdown=1,
-    )
-    server = Server(config)
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(server.serve(sockets=[listener]))
-            try:
-                yield Served(app, listener.getsockname()[1])
-            finally:
-                app.go_on.set()
-                server.should_exit = server.force_exit = True
-
-
-def get(path: str = "/", *headers: bytes) -> bytes:
-    return b"GET %b HTTP/1.1\r\nHost: x\r\n%b\r\n" % (path.encode(), b"".join(headers))
-
-
-def post(path: str = "/", length: int = BIG) -> bytes:
-    return get(path, b"Content-Length: %d\r\n" % length).replace(b"GET", b"POST", 1)
+from tests.app.wire import BIG, Counting, Served, get, post, served
 
 
 def pieces(data: bytes, size: int = 10_000) -> list[bytes]:
@@ -309,3 +194,150 @@ async def test_a_body_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None
         assert (await wire.answer())[0] == 200
         await wire.send(b"x")
         assert await wire.rest() == b""
+
+
+# -- not reading --------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def not_reading(service: Served) -> AsyncIterator[socket.socket]:
+    """A client that asks for more than it ever reads."""
+    with closing(socket.socket()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, ("127.0.0.1", service.port))
+        await loop.sock_sendall(client, get("/flood"))
+        yield client
+
+
+async def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes nothing of what there is for it is cut off; others are served meanwhile."""
+    monkeypatch.setattr(http_protocol, "STALL_SECONDS", 0.05)
+    async with served() as service, not_reading(service), service.connect() as wire:
+        await wire.send(get())
+        assert await wire.answer() == (200, b"0")
+        async with asyncio.timeout(20):
+            await service.app.left.wait()
+        await wire.send(get())
+        assert await wire.answer() == (200, b"0")
+
+
+@dataclass
+class FakeLoop:
+    """Keeps the timers that are set."""
+
+    timers: list[tuple[float, Any, tuple[Any, ...], Any]] = field(default_factory=list)
+
+    def call_later(self, delay: float, callback: Any, *args: Any) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(0, callback, args, asyncio.get_running_loop())
+        self.timers.append((delay, callback, args, handle))
+        return handle
+
+    def stalls(self) -> list[Any]:
+        """The timers that watch for a stall and are still set."""
+        return [
+            handle
+            for delay, _, _, handle in self.timers
+            if delay == http_protocol.STALL_SECONDS and not handle.cancelled()
+        ]
+
+    def fire(self) -> None:
+        """The time of the one stall timer has come."""
+        (handle,) = self.stalls()
+        handle._run()
+
+
+@dataclass
+class FakeTransport(asyncio.Transport):
+    """A connection that is not there; `unsent` bytes wait for its client."""
+
+    unsent: int = 0
+    aborted: bool = False
+    connection: socket.socket | None = None
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self.connection if name == "socket" else default
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def connected(
+    connection: socket.socket | None = None,
+) -> tuple[BoundedHeadProtocol, FakeTransport, FakeLoop]:
+    config = uvicorn.Config(Counting(), log_config=None)
+    loop, transport = FakeLoop(), FakeTransport(unsent=100_000, connection=connection)
+    protocol = BoundedHeadProtocol(config, ServerState(), {}, loop)  # type: ignore[arg-type]  # all it uses
+    protocol.connection_made(transport)
+    return protocol, transport, loop
+
+
+async def test_a_slow_client_is_not_cut() -> None:
+    """As long as a client takes something now and then it has the time it needs; then it is cut."""
+    protocol, transport, loop = connected()
+    assert loop.stalls() == []
+    protocol.pause_writing()
+    for left in (99_999, 50_000):
+        transport.unsent = left
+        loop.fire()
+        assert not transport.aborted
+    loop.fire()
+    assert transport.aborted
+
+
+@pytest.mark.parametrize("how", ["resumed", "lost"])
+async def test_nobody_is_watched_in_vain(how: str) -> None:
+    """A client that has taken everything, or has left, has no deadline."""
+    protocol, _, loop = connected()
+    protocol.pause_writing()
+    assert len(loop.stalls()) == 1
+    if how == "resumed":
+        protocol.resume_writing()
+    else:
+        protocol.connection_lost(ConnectionResetError())
+    assert loop.stalls() == []
+    if how == "resumed":
+        protocol.pause_writing()
+        assert len(loop.stalls()) == 1
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_vanished_clients_are_found_out(loop: str) -> None:
+    """The kernel probes every client, so one that is gone without a word is noticed in about a minute."""
+
+    async def look() -> dict[str, int]:
+        async with served() as service, service.connect() as wire:
+            await wire.send(get())
+            await wire.answer()
+            (protocol,) = service.server.server_state.connections
+            connection = protocol.transport.get_extra_info("socket")
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            return {
+                name: connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                for name, _ in http_protocol._PROBES
+                if hasattr(socket, name)
+            }
+
+    if loop == "uvloop":
+        uvloop = pytest.importorskip("uvloop")
+        seen = uvloop.run(look())
+    else:
+        seen = asyncio.run(look())
+    assert seen == {name: value for name, value in http_protocol._PROBES if name in seen}
+    if {"TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"} <= seen.keys():
+        assert seen["TCP_KEEPIDLE"] + seen["TCP_KEEPINTVL"] * seen["TCP_KEEPCNT"] == 60
+
+
+async def test_other_sockets() -> None:
+    """A client on a Unix socket cannot vanish: it is not probed, and served like any other."""
+    for connection in socket.socketpair():
+        with connection:
+            connected(connection)
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0

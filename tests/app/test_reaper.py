@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from gpu_server.core import events as ev
 from gpu_server.core.sessions import Rules
 from gpu_server.core.slots import SlotSpec
 from gpu_server.ports import RuntimeUnreachable, SlotReading
-from gpu_server.reaper import FOLDER_CHECK_SECONDS, RECONCILE_EVERY, Reaper
+from gpu_server.reaper import FOLDER_CHECK_SECONDS, PING_SECONDS, RECONCILE_EVERY, Reaper
 from tests.app.played_worker import hold
 from tests.app.world import World, engine_world, slot_specs
 from tests.worker_specs import TEST_UID, worker_spec
@@ -191,6 +191,23 @@ async def test_reconciling_without_an_engine(tmp_path: Path) -> None:
         world.runtime.unreachable = False
 
 
+async def test_rounds_tend_the_storage(tmp_path: Path) -> None:
+    """What could not be written is tried again each round, and the journal is tidied up when it asks."""
+    async with reaped(tmp_path) as (world, reaper, _):
+        journal = world.journal
+        journal.refuse = "disk full"
+        world.engine.report(ev.SlotChecked(slot_id="0", fault="it smokes"))
+        world.engine.spawn("rounds", reaper.rounds())
+        await rounds(world, 1)
+        assert world.engine.storage_doubt == "disk full"
+        journal.refuse = None
+        await rounds(world, 1)
+        assert world.engine.storage_doubt is None
+        journal.wants_checkpoint = True
+        await rounds(world, 2)
+        assert journal.checkpoints == 1
+
+
 async def test_faults_come_and_go(tmp_path: Path) -> None:
     """A device's fault quarantines a free slot at once; of a leased one it is noted, and forgotten again."""
     async with reaped(tmp_path, slots=slot_specs(3, gpu=True)) as (world, reaper, inventory):
@@ -238,3 +255,89 @@ async def test_stand_ins_ask_for_no_holders(tmp_path: Path) -> None:
         world.runtime.wrong["foreign_gpu_holders"] = RuntimeUnreachable("not asked")
         await reaper.read_devices()
         assert "foreign_gpu_holders" not in {method for method, _ in world.runtime.calls}
+
+
+# -- the runtime itself -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def watched(tmp_path: Path) -> AsyncIterator[tuple[World, Callable[[], Awaitable[None]]]]:
+    """A world whose runtime is watched, and what lets the next ping be over."""
+    async with reaped(tmp_path) as (world, reaper, _):
+
+        async def pinged() -> None:
+            world.clock.advance(PING_SECONDS)
+            await world.clock.until_slept_to(world.clock.now() + PING_SECONDS)
+
+        watching = world.engine.spawn("runtime", reaper.watch_runtime())
+        await world.clock.until_slept_to(world.clock.now() + PING_SECONDS)
+        yield world, pinged
+        watching.cancel()
+
+
+def calls(world: World, *methods: str) -> list[str]:
+    return [method for method, _ in world.runtime.calls if method in methods]
+
+
+async def test_doubt_is_told_once_and_taken_back(tmp_path: Path) -> None:
+    """A runtime that does not answer is in doubt until it answers; then it is looked what has happened
+    meanwhile."""
+    async with watched(tmp_path) as (world, pinged):
+        assert world.told(ev.RuntimeChecked) == []
+        world.runtime.wrong["ping"] = RuntimeUnreachable("no answer")
+        for _ in range(3):
+            await pinged()
+        told = "the container runtime does not answer: no answer"
+        assert world.told(ev.RuntimeChecked) == [ev.RuntimeChecked(doubt=told)]
+        assert world.engine.node.runtime_doubt == told
+        looked = len(calls(world, "list_workers"))
+        del world.runtime.wrong["ping"]
+        for _ in range(3):
+            await pinged()
+        assert world.told(ev.RuntimeChecked)[1:] == [ev.RuntimeChecked(doubt=None)]
+        assert world.engine.node.runtime_doubt is None
+        assert len(calls(world, "list_workers")) > looked
+
+
+async def test_a_runtime_that_hangs(tmp_path: Path) -> None:
+    """A runtime that gives no answer at all is as good as away."""
+    async with reaped(tmp_path) as (world, reaper, _):
+        world.runtime.gates["ping"] = asyncio.Event()
+        ping = world.runtime.ping
+        world.runtime.ping = lambda: ping(0.01)
+        world.engine.spawn("runtime", reaper.watch_runtime())
+        await world.until(lambda: world.engine.node.runtime_doubt)
+
+
+async def test_nobody_is_started_without_a_runtime(tmp_path: Path) -> None:
+    """Who comes meanwhile waits in line, though slots are free, and starts when the runtime answers again;
+    who has a worker is served on."""
+    async with watched(tmp_path) as (world, pinged):
+        first, session_id = world.submit()
+        await world.events(first)
+        world.runtime.wrong["ping"] = RuntimeUnreachable("no answer")
+        await pinged()
+        served, _ = world.submit(session_id)
+        assert (await world.events(served))[-1].data["status"] == "completed"
+        waiting, waits_in = world.submit(tenant="b")
+        assert world.session(waits_in).state == "waiting"
+        assert world.started == [session_id]
+        del world.runtime.wrong["ping"]
+        await pinged()
+        assert (await world.events(waiting))[-1].data["status"] == "completed"
+        assert world.started == [session_id, waits_in]
+
+
+async def test_what_happened_while_the_runtime_was_away(tmp_path: Path) -> None:
+    """A worker that is gone when the runtime answers again is found out at once."""
+    async with watched(tmp_path) as (world, pinged):
+        task_id, session_id = world.submit()
+        await world.events(task_id)
+        world.runtime.wrong["ping"] = RuntimeUnreachable("no answer")
+        await pinged()
+        del world.machine.containers[world.container(session_id)]
+        world.playing[session_id].cancel()
+        del world.runtime.wrong["ping"]
+        world.clock.advance(PING_SECONDS)
+        await world.until(lambda: world.session(session_id).ended)
+        assert world.session(session_id).close_reason == "worker_exited"

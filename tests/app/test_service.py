@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 import stat
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,17 @@ import orjson
 import pytest
 
 from gpu_server import presets, service
+from gpu_server.core.notices import UNNUMBERED
 from gpu_server.core.sessions import TaskType
 from gpu_server.core.slots import Tier
 from gpu_server.drivers.inventory import CpuInventory
+from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.engine import Submission
-from gpu_server.ports import InventoryError, SlotInventory
+from gpu_server.ports import InventoryError, JournalFailing, SlotInventory
 from gpu_server.service import Service, StartRefusedByNode, new_id, open_service
 from gpu_server.settings import Settings
-from tests.app.reading import Event, all_events
+from tests.app.reading import Event, all_events, parse
 
 ROOT = Path(__file__).parents[2]
 PRESETS = f"""
@@ -59,31 +64,59 @@ def settings_in(tmp_path: Path, **changes: Any) -> Settings:
     return Settings(_env_file=None, **(given | changes))
 
 
-async def run(opened: Service, **metadata: Any) -> list[Event]:
-    """One task of the echo worker."""
-    task_id = new_id("t")
-    opened.engine.submit(
+def submit(opened: Service, session_id: str | None = None, **metadata: Any) -> str:
+    """One task of the echo worker; its id."""
+    return opened.engine.submit(
         Submission(
-            task_id=task_id,
+            task_id=new_id("t"),
             tenant="a",
             task_type=TaskType.SESSION,
             tier=Tier.LOW,
             model_id="echo",
             task_preset="stream",
-            preset=opened.presets.get("echo", "stream"),
-            session_id=None,
+            session_id=session_id,
             new_session_id=new_id("s"),
             timeout=60,
             body=orjson.dumps({"metadata": metadata}),
         )
     )
+
+
+async def events_of(opened: Service, task_id: str) -> list[Event]:
     stream = opened.engine.streams.get(task_id)
     assert stream is not None
-    return await all_events(stream)
+    async with asyncio.timeout(60):
+        return await all_events(stream)
+
+
+async def run(opened: Service, session_id: str | None = None, **metadata: Any) -> list[Event]:
+    """One task of the echo worker, to its end."""
+    return await events_of(opened, submit(opened, session_id, **metadata))
+
+
+async def saw(opened: Service, task_id: str, text: str) -> None:
+    """Wait until a task has said this."""
+    stream = opened.engine.streams.get(task_id)
+    assert stream is not None
+    async with asyncio.timeout(60):
+        async for chunk in stream.read():
+            if any(event.data.get("delta") == text for event in parse(chunk)):
+                return
+
+
+def said(events: list[Event]) -> str:
+    return "".join(event.data["delta"] for event in events if event.name == "text_delta")
+
+
+def kept_in(tmp_path: Path) -> Path:
+    """Where this node's spool is."""
+    (kept,) = (tmp_path / "run").glob("*.kept")
+    return kept
 
 
 async def test_a_real_worker(tmp_path: Path) -> None:
-    """The parts together run a task in a real process, and at the end leave neither process nor folder."""
+    """The parts together run a task in a real process, and at the end leave neither process nor run folder,
+    but what can still be read of the task."""
     settings = settings_in(tmp_path)
     async with open_service(settings) as opened:
         events = await run(opened, prompt="hello there", log="a line")
@@ -92,9 +125,12 @@ async def test_a_real_worker(tmp_path: Path) -> None:
         assert events[-1].data["status"] == "completed"
         (worker,) = await opened.runtime.list_workers()
         assert worker.running
-    assert list((tmp_path / "run").iterdir()) == []
-    left = ProcessRuntime("x", settings.run_dir, tmp_path)
-    assert await left.list_workers() == ()
+    (left,) = (tmp_path / "run").iterdir()
+    assert left == kept_in(tmp_path)
+    assert stat.S_IMODE(left.stat().st_mode) == 0o700
+    assert sorted(path.name for path in (tmp_path / "state").glob("journal*")) == ["journal.db"]
+    looking = ProcessRuntime("x", settings.run_dir, tmp_path)
+    assert await looking.list_workers() == ()
 
 
 async def test_leftovers_of_a_former_life(tmp_path: Path) -> None:
@@ -121,6 +157,153 @@ async def test_another_runtime_after_a_crash(tmp_path: Path) -> None:
     with pytest.raises(StartRefusedByNode, match="RUNTIME=docker"):
         async with open_service(settings_in(tmp_path)):
             pass
+
+
+# -- another life -----------------------------------------------------------------------------------------
+
+
+async def test_handed_over(tmp_path: Path) -> None:
+    """The next life of the service finds worker, session and task as they are, and goes on with them."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        task_id = submit(opened, prompt=" ".join(f"w{n}" for n in range(12)), delay_ms=50)
+        await saw(opened, task_id, "w2 ")
+        (worker,) = await opened.runtime.list_workers()
+        session_id = opened.engine.node.tasks[task_id].session_id
+        secret = opened.fingerprint_key
+        opened.engine.hand_over()
+    assert (tmp_path / "state" / "runtime").read_text() == "process\n"
+    async with open_service(settings) as opened:
+        assert (await opened.runtime.list_workers()) == (worker,)
+        assert opened.fingerprint_key == secret
+        events = await events_of(opened, task_id)
+        assert said(events) == " ".join(f"w{n}" for n in range(12))
+        numbered = [event.number for event in events if event.name not in UNNUMBERED]
+        assert numbered == list(range(1, len(numbered) + 1))
+        assert events[-1].data["status"] == "completed"
+        assert said(await run(opened, session_id, prompt="more")) == "more"
+        assert (await opened.runtime.list_workers()) == (worker,)
+    assert list((tmp_path / "run").iterdir()) == [kept_in(tmp_path)]
+    assert not (tmp_path / "state" / "runtime").exists()
+
+
+async def test_after_a_bug(tmp_path: Path) -> None:
+    """A service that has met a bug leaves everything to its next life too."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        await run(opened, prompt="x")
+        (session,) = opened.engine.node.sessions.values()
+        (worker,) = await opened.runtime.list_workers()
+        opened.engine._break("a bug")
+    async with open_service(settings) as opened:
+        assert said(await run(opened, session.id, prompt="y")) == "y"
+        assert (await opened.runtime.list_workers()) == (worker,)
+
+
+async def test_who_cannot_serve_ends_nothing(tmp_path: Path) -> None:
+    """A life that fails before it is asked to end, on a port that is taken for one, leaves what it found."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        await run(opened, prompt="x")
+        (session,) = opened.engine.node.sessions.values()
+        opened.engine.hand_over()
+    with pytest.raises(ExceptionGroup) as failed:
+        async with open_service(settings):
+            raise OSError("address already in use")
+    assert failed.group_contains(OSError, match="address already in use")
+    async with open_service(settings) as opened:
+        assert said(await run(opened, session.id, prompt="y")) == "y"
+
+
+async def test_after_an_orderly_end(tmp_path: Path) -> None:
+    """What has ended can be looked at and read in the next life."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        task_id = submit(opened, prompt="hello")
+        events = await events_of(opened, task_id)
+    async with open_service(settings) as opened:
+        assert await events_of(opened, task_id) == [e for e in events if e.name not in UNNUMBERED]
+        (session,) = opened.engine.node.sessions.values()
+        assert (session.state, session.close_reason) == ("closed", "shutdown")
+
+
+async def test_a_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another boot of the machine is noticed, also where the first start of it was refused."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        await run(opened, prompt="x")
+        opened.engine.hand_over()
+    monkeypatch.setattr(service, "boot_id", lambda: "another boot")
+    note = tmp_path / "state" / "runtime"
+    note.write_text("docker\n")
+    with pytest.raises(StartRefusedByNode, match="RUNTIME=docker"):
+        async with open_service(settings):
+            pass
+    note.write_text("process\n")
+    async with open_service(settings) as opened:
+        (session,) = opened.engine.node.sessions.values()
+        assert session.close_reason == "node_restarted"
+
+
+async def test_a_journal_that_is_damaged(tmp_path: Path) -> None:
+    """The service does not start, says what to do, and touches nothing. Without the journal it starts."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings) as opened:
+        await run(opened, prompt="x")
+    journal = tmp_path / "state" / "journal.db"
+    content = bytearray(journal.read_bytes())
+    content[4096:4196] = b"x" * 100
+    journal.write_bytes(content)
+    before = {path: path.read_bytes() for path in (tmp_path / "state").iterdir()}
+    spooled = {path: path.read_bytes() for path in kept_in(tmp_path).iterdir()}
+    with pytest.raises(StartRefusedByNode, match=r"(?s)journal\.db is damaged.*move it away"):
+        async with open_service(settings):
+            pass
+    assert {path: path.read_bytes() for path in (tmp_path / "state").iterdir()} == before
+    assert {path: path.read_bytes() for path in kept_in(tmp_path).iterdir()} == spooled
+    journal.rename(tmp_path / "damaged.db")
+    async with open_service(settings) as opened:
+        assert opened.engine.node.tasks == {}
+        assert {path.name for path in kept_in(tmp_path).iterdir()} == {".secret"}
+
+
+async def test_rows_that_do_not_fit(tmp_path: Path) -> None:
+    """A journal that is whole, and makes no sense, is refused too, and says which file it is."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings):
+        pass
+    with closing(sqlite3.connect(tmp_path / "state" / "journal.db")) as connection:
+        connection.execute("INSERT INTO tasks (id, row) VALUES ('t_1', '{}')")
+        connection.commit()
+    with pytest.raises(StartRefusedByNode, match=r"journal\.db cannot be used"):
+        async with open_service(settings):
+            pass
+
+
+async def test_a_journal_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that could not remember anything does not start."""
+
+    def write(journal: SqliteJournal, changes: Any) -> None:
+        raise JournalFailing("database or disk is full")
+
+    monkeypatch.setattr(SqliteJournal, "write", write)
+    with pytest.raises(StartRefusedByNode, match="database or disk is full"):
+        async with open_service(settings_in(tmp_path)):
+            pass
+
+
+async def test_a_spool_that_is_not_ours_alone(tmp_path: Path) -> None:
+    """Whoever could read there could read prompts."""
+    settings = settings_in(tmp_path)
+    async with open_service(settings):
+        pass
+    kept_in(tmp_path).chmod(0o755)
+    with pytest.raises(StartRefusedByNode, match=r"RUN_DIR .* 0700"):
+        async with open_service(settings):
+            pass
+
+
+# -- starting ---------------------------------------------------------------------------------------------
 
 
 async def test_a_run_dir_that_others_may_write(tmp_path: Path) -> None:
@@ -196,15 +379,16 @@ async def test_the_instance_is_kept(tmp_path: Path) -> None:
 
 
 async def test_fences_grow_from_life_to_life(tmp_path: Path) -> None:
-    """No lease of a later life has a fence of an earlier one."""
+    """No lease of a later life has a fence of an earlier one, also where the journal was lost."""
     settings = settings_in(tmp_path)
     fences = []
-    for _ in range(2):
+    for life in range(3):
+        if life == 2:
+            (tmp_path / "state" / "journal.db").unlink()
         async with open_service(settings) as opened:
             await run(opened, prompt="x")
-            (session,) = opened.engine.node.sessions.values()
-            fences.append(session.fence)
-    assert fences[0] < fences[1]
+            fences.append(list(opened.engine.node.sessions.values())[-1].fence)
+    assert fences[0] < fences[1] < fences[2]
 
 
 @pytest.mark.parametrize("runtime", ["docker", "auto"])

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_server.drivers.spool import Record, Spool
 from gpu_server.frames import encode
-from gpu_server.stream import MAX_WRITE_BYTES, Stream, Streams
+from gpu_server.stream import MAX_WRITE_BYTES, Stream
 from tests.app.reading import Event, all_events, next_events, parse
+from tests.full_disk import no_room_beyond
 
 BIG = 1 << 24
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    spool = Spool(tmp_path / "kept")
+    spool.open()
+    return spool
 
 
 def fill(stream: Stream, count: int, size: int = 10) -> None:
@@ -121,6 +132,19 @@ async def test_gap_before_a_note() -> None:
     assert [event.number for event in await next_events(reader)] == [3]
 
 
+async def test_a_gap_behind_which_nothing_is() -> None:
+    """A new reader hears at once what it has missed, also where nothing is kept that would tell; and then
+    what is the present state."""
+    stream = Stream(1000)
+    reader = aiter(stream.read())
+    fill(stream, 3)
+    await anext(reader)
+    for n in range(20):  # together they push everything else out
+        stream.note("queue", {"position": n})
+    expected = [Event(1, "gap", {"from": 2, "to": 3}), Event(3, "queue", {"position": 19})]
+    assert await next_events(aiter(stream.read(1))) == expected
+
+
 async def test_notes_are_live() -> None:
     """An event without a number repeats the last number and goes to those who read."""
     stream = Stream(BIG)
@@ -214,53 +238,246 @@ async def test_memory_is_bounded() -> None:
     await reader.aclose()
 
 
-def test_forgotten_bytes_are_given_back() -> None:
-    """The count of all streams together goes back to nothing when they are forgotten."""
-    streams = Streams(max_bytes_each=10_000, max_bytes_total=1 << 20)
-    for name in "abc":
-        fill(streams.open(name), 100, size=200)
-    assert streams.kept_bytes > 20_000
-    for name in "abc":
-        streams.forget(name)
-        streams.forget(name)
-    assert streams.kept_bytes == 0
-    assert len(streams) == 0
-    assert streams.get("a") is None
+# -- the file ---------------------------------------------------------------------------------------------
 
 
-async def test_the_oldest_finished_is_dropped_first() -> None:
-    """When all together are too large, finished streams lose their history, the first one first."""
-    streams = Streams(max_bytes_each=1 << 20, max_bytes_total=250_000)
-    live = streams.open("live")
-    fill(live, 10, size=10_000)
-    for name in ("first", "second", "third"):
-        stream = streams.open(name)
-        fill(stream, 6, size=10_000)
-        stream.publish("task_finish", {"n": 7})
-        streams.finished(name)
-    assert streams.kept_bytes <= 250_000
+async def test_what_is_seen_is_in_the_file(spool: Spool) -> None:
+    """Every numbered event is there before a reader can have it, with whose it is; notes are not."""
+    stream = Stream(BIG, file=spool.history("t_1", BIG))
+    reader = aiter(stream.read())
+    for own in (True, True, False, False, True):
+        news = await waits(reader)
+        if own:
+            fill(stream, 1)
+        else:
+            stream.relay([encode("text", {"n": stream.last_id + k}) for k in (1, 2, 3)])
+        *_, last = spool.read_history("t_1")
+        assert last.own is own
+        assert await news == last.data
+        stream.note("queue", {})
+        assert spool.read_history("t_1")[-1] == last
+        await anext(reader)
+    told = [(record.first, record.last, record.told) for record in spool.read_history("t_1")]
+    assert told == [(1, 1, 1), (2, 2, 2), (3, 5, 2), (6, 8, 2), (9, 9, 3)]
+    stream.close_file()
+    stream.close_file()
+    fill(stream, 1)
+    assert len(spool.read_history("t_1")) == 5
 
-    async def kept(name: str) -> list[str]:
-        stream = streams.get(name)
-        assert stream is not None
-        return [event.name for event in await all_events(stream)]
 
-    assert await kept("first") == ["gap", "task_finish"]
-    assert await kept("second") == await kept("third") == ["text"] * 6 + ["task_finish"]
-    assert len(numbers(await next_events(aiter(live.read())))) == 10
-
-
-async def test_a_forgotten_stream_is_read_to_its_end() -> None:
-    """A reader that is there when the retention ends reads the rest."""
-    streams = Streams(max_bytes_each=BIG, max_bytes_total=BIG)
-    stream = streams.open("t")
-    fill(stream, 4, size=MAX_WRITE_BYTES)
+async def test_a_full_disk_stops_no_stream(spool: Spool) -> None:
+    """The fault is told once, the file keeps what it has, and the stream goes on as ever."""
+    faults: list[OSError] = []
+    stream = Stream(BIG, None, spool.history("t_1", BIG), faults.append)
+    fill(stream, 2)
+    with no_room_beyond(spool.history_bytes("t_1") + 50):
+        fill(stream, 1)
+    fill(stream, 2)
     stream.publish("task_finish", {})
+    assert len(faults) == 1
+    assert [record.first for record in spool.read_history("t_1")] == [1, 2]
+    assert numbers(await all_events(stream)) == [1, 2, 3, 4, 5]
+
+
+async def test_missed_events_keep_their_numbers() -> None:
+    """Events that the worker dropped are a gap for those who read then and later; what comes behind them has
+    the number that it would have had, and what was the present state is none any more."""
+    stream = Stream(BIG)
+    fill(stream, 2)
+    stream.relay([encode("text", {"n": 3})])
+    stream.note("progress", {})
     reader = aiter(stream.read())
     await anext(reader)
-    streams.forget("t")
-    rest = parse(b"".join([chunk async for chunk in reader]))
-    assert [event.number for event in rest] == [2, 3, 4, 5]
+    stream.miss(5)
+    assert stream.worker_seq == 6
+    gap = Event(3, "gap", {"from": 4, "to": 8})
+    assert (await next_events(aiter(stream.read(2))))[1:] == [gap]
+    stream.relay([encode("text", {"n": 9})])
+    for late in (reader, aiter(stream.read(3))):
+        assert await next_events(late) == [gap, Event(9, "text", {"n": 9})]
+    stream.publish("task_finish", {})
+    stream.miss(1)
+    assert stream.last_id == 10
+
+
+async def test_a_note_behind_missed_events() -> None:
+    """A reader hears of what it has missed before it gets a note with a number beyond."""
+    stream = Stream(BIG)
+    reader = aiter(stream.read())
+    fill(stream, 1)
+    await anext(reader)
+    stream.miss(2)
+    stream.note("progress", {})
+    assert await next_events(reader) == [Event(1, "gap", {"from": 2, "to": 3}), Event(3, "progress", {})]
+
+
+def test_the_workers_own_numbers() -> None:
+    """`worker_seq` is what the worker called its last event, whatever the service said before and after."""
+    stream = Stream(1000)
+    assert stream.worker_seq == 0
+    fill(stream, 3)
+    assert stream.worker_seq == 0
+    for n in range(1, 100):
+        stream.relay([encode("text", {}), encode("text", {})])
+        assert stream.worker_seq == 2 * n
+    fill(stream, 1)
+    stream.publish("task_finish", {})
+    stream.relay([encode("text", {})])
+    assert stream.worker_seq == 198
+
+
+async def test_the_workers_frames() -> None:
+    """Those of the worker's numbered events that are kept, as readers get them, and nothing else."""
+    stream = Stream(2000)
+    news = await waits(reader := stream.read())  # so that notes are kept too
+    fill(stream, 2)
+    assert stream.worker_frames() == b""
+    stream.relay([encode("logs", {"line": "a"}), encode("text", {"text": "b"})])
+    stream.note("progress", {})
+    stream.relay([encode("logs", {"line": "c"})])
+    fill(stream, 1)
+    assert [(event.number, event.name) for event in parse(stream.worker_frames())] == [
+        (3, "logs"),
+        (4, "text"),
+        (5, "logs"),
+    ]
+    for _ in range(100):
+        stream.relay([encode("text", {})])
+    kept = parse(stream.worker_frames())
+    assert [event.number for event in kept] == list(range(107 - len(kept), 107))
+    assert 1 < len(kept) < 10
+    await news
+    await reader.aclose()
+
+
+# -- another life -----------------------------------------------------------------------------------------
+
+
+def restored(records: list[Record], told: int = 0, max_bytes: int = BIG) -> Stream:
+    stream = Stream(max_bytes)
+    stream.restore(records, told)
+    return stream
+
+
+async def test_own_events_that_nobody_has_any_more() -> None:
+    """They keep their numbers, so that the worker's events get theirs; readers hear of the gap."""
+    lost = restored([], told=3)
+    assert (lost.last_id, lost.worker_seq, lost.size) == (3, 0, 0)
+    gap = Event(0, "gap", {"from": 1, "to": 3})
+    assert await next_events(aiter(lost.read())) == [gap]
+    lost.relay([encode("text", {"n": 4})])
+    assert await next_events(aiter(lost.read())) == [gap, Event(4, "text", {"n": 4})]
+    assert await next_events(aiter(lost.read(3))) == [Event(4, "text", {"n": 4})]
+
+    partly = restored([Record(True, 1, 1, 1, b"id: 1\n" + encode("text", {"n": 1}))], told=3)
+    assert (partly.last_id, partly.worker_seq) == (3, 0)
+    partly.relay([encode("text", {"n": 4})])
+    assert numbers(await next_events(aiter(partly.read()))) == [1, 4]
+
+
+async def test_readers_can_be_closed() -> None:
+    """Wherever a reader is, waiting or in the middle, it ends without an end of the task; so does one that
+    comes later; and the stream goes on."""
+    stream = Stream(BIG)
+    fill(stream, 4, size=MAX_WRITE_BYTES)
+    busy, waiting, unborn = stream.read(), stream.read(4), stream.read()
+    await anext(busy)
+    news = await waits(waiting)
+    stream.close_readers()
+    with pytest.raises(StopAsyncIteration):
+        await news
+    for reader in (busy, unborn, stream.read(), stream.read(4)):
+        with pytest.raises(StopAsyncIteration):
+            await anext(reader)
+    assert not stream._readers
+    stream.relay([encode("text", {})])
+    stream.publish("task_finish", {})
+    assert stream.last_id == 6
+    assert await all_events(stream) == []
+
+
+async def test_a_reader_that_knows_more_gets_the_end() -> None:
+    """A client that has heard of events which are lost here gets none of those again that it has, and no note
+    with a number before its own; but the end of the task it gets, also where that has such a number."""
+    stream = restored([], told=1)
+    early = await waits(aiter(stream.read(5)))
+    stream.note("queue", {})
+    late, further = await waits(aiter(stream.read(5))), await waits(aiter(stream.read(9)))
+    stream.note("progress", {})
+    stream.relay([encode("text", {"n": n}) for n in (2, 3, 4)])
+    stream.relay([encode("text", {"n": n}) for n in (5, 6)])
+    for news in (await early, await late, await anext(aiter(stream.read(5)))):
+        assert parse(news) == [Event(6, "text", {"n": 6})]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not further.done()
+    stream.publish("task_finish", {})
+    end = [Event(7, "task_finish", {})]
+    assert parse(await further) == end
+    for after in (6, 8, 100):
+        assert await all_events(stream, after) == end
+    assert await all_events(stream, after=7) == []
+
+
+LIVES = st.one_of(
+    st.tuples(st.just("publish"), st.sampled_from([0, 10, 300, 2000])),
+    st.tuples(st.just("relay"), st.lists(st.sampled_from([0, 10, 300, 2000]), min_size=1, max_size=4)),
+    st.tuples(st.just("miss"), st.integers(1, 5)),
+    st.tuples(st.just("note"), st.just(0)),
+    st.tuples(st.just("killed"), st.sampled_from(["waiting", "deciding", "writing"])),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(LIVES, max_size=40), st.sampled_from([500, 3000, 1 << 20]), st.booleans())
+async def test_another_life_shows_the_same(steps: list[tuple[str, Any]], bound: int, forgotten: bool) -> None:
+    """Whatever is written, and however often the service is killed between: readers see, from wherever they
+    begin, the same bytes as if nothing had happened, within the same bound."""
+    with tempfile.TemporaryDirectory() as folder:
+        spool = Spool(Path(folder) / "kept")
+        spool.open()
+        plain = Stream(bound)
+        lived = Stream(bound, file=spool.history("t_1", bound))
+
+        def another_life(killed: str) -> Stream:
+            if killed == "deciding":
+                lived.publish("text", {"text": "never decided"})
+            lived.close_file()
+            if killed == "writing":
+                with (Path(folder) / "kept/t_1.events").open("ab") as torn:
+                    torn.write(b"\0" * 30)
+            file = spool.history("t_1", bound)
+            file.cut(plain._told)
+            stream = Stream(bound, file=file)
+            stream.restore(file.read(), plain._told)
+            if (missed := plain.worker_seq - stream.worker_seq) > 0:
+                stream.miss(missed)  # as the worker's answer will tell
+            return stream
+
+        for step, value in [*steps, ("publish", None), ("killed", "waiting")]:
+            if step == "killed":
+                lived = another_life(value)
+            for stream in (plain, lived):
+                if step == "publish" and value is None:
+                    stream.publish("task_finish", {})
+                elif step == "publish":
+                    stream.publish("text", {"text": "x" * value})
+                elif step == "relay":
+                    stream.relay([encode("text", {"text": "x" * size}) for size in value])
+                elif step == "miss":
+                    stream.miss(value)
+                elif step == "note":
+                    stream.note("queue", {})
+            assert (lived.last_id, lived.worker_seq) == (plain.last_id, plain.worker_seq)
+            assert (lived.finished, lived.size) == (plain.finished, plain.size)
+        if forgotten:
+            lived.close_file()
+            spool.replace_history("t_1", plain.forget())
+            lived = another_life("waiting")
+        for after in range(plain.last_id + 3):
+            expected = [chunk async for chunk in plain.read(after)]
+            assert [chunk async for chunk in lived.read(after)] == expected
+        lived.close_file()
 
 
 # -- any history ------------------------------------------------------------------------------------------

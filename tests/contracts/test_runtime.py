@@ -3,164 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
-from docker import APIClient
 
-from gpu_server.drivers.docker import DockerRuntime
 from gpu_server.drivers.process import ProcessRuntime
-from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.ports import (
-    ContainerRuntime,
-    CreatedWorker,
-    Output,
+    Contract,
+    OutputLost,
     RuntimeUnreachable,
     StartRefused,
     WorkerExit,
-    WorkerSpec,
 )
-from tests.fakes.runtime import FakeEngine, FakeRuntime, FakeScript
-from tests.worker_specs import TEST_UID, worker_spec
-
-PATIENCE = 30.0
-LOUD_BYTES = 4_000_000
-HELLO_CODE = """
-import sys
-sys.stdout.write("to stdout"); sys.stderr.write("to stderr")
-"""
-STAYS_CODE = """
-import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-sys.stdout.write("up")
-while True: signal.pause()
-"""
-STUBBORN_CODE = """
-import signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-sys.stdout.write("up")
-while True: signal.pause()
-"""
-LOUD_CODE = f"""
-import sys
-sys.stdout.write("x" * {LOUD_BYTES})
-"""
-
-UP = (Output("stdout", b"up"),)
-SCRIPTS: dict[str, tuple[str, FakeScript]] = {
-    "hello": (
-        HELLO_CODE,
-        FakeScript(output=(Output("stdout", b"to stdout"), Output("stderr", b"to stderr")), exit_code=0),
-    ),
-    "seven": ("raise SystemExit(7)", FakeScript(exit_code=7)),
-    "killed": ("import os; os.kill(os.getpid(), 9)", FakeScript(exit_code=137)),
-    "stays": (STAYS_CODE, FakeScript(output=UP, on_term=3)),
-    "stubborn": (STUBBORN_CODE, FakeScript(output=UP, on_term=None)),
-    "loud": (LOUD_CODE, FakeScript(output=(Output("stdout", b"x" * LOUD_BYTES),), exit_code=0)),
-}
-
-
-class Listener:
-    """Takes a runtime's exits, to be waited for."""
-
-    def __init__(self) -> None:
-        self.heard: list[WorkerExit] = []
-        self._arrived: asyncio.Queue[WorkerExit] = asyncio.Queue()
-
-    def __call__(self, worker_exit: WorkerExit) -> None:
-        self.heard.append(worker_exit)
-        self._arrived.put_nowait(worker_exit)
-
-    async def next(self) -> WorkerExit:
-        async with asyncio.timeout(PATIENCE):
-            return await self._arrived.get()
-
-
-@dataclass(kw_only=True)
-class Stage:
-    """A runtime under test, on a machine that outlives it."""
-
-    make: Callable[[str], ContainerRuntime]
-    folders: RunFolders
-    is_fake: bool
-    stack: AsyncExitStack
-    instance: str
-    used: set[str] = field(default_factory=set)
-
-    async def open(self, instance: str | None = None) -> tuple[ContainerRuntime, Listener]:
-        runtime, listener = self.make(instance or self.instance), Listener()
-        self.used.add(instance or self.instance)
-        await runtime.open(listener)
-        self.stack.push_async_callback(runtime.close)
-        return runtime, listener
-
-    def spec(self, script: str, session_id: str = "s_1", **changes: Any) -> WorkerSpec:
-        folder = self.folders.create(session_id, TEST_UID, b"{}")
-        code, _ = SCRIPTS[script]
-        if self.is_fake:
-            changes["image"] = script
-        return worker_spec(folder, code, **changes)
-
-    async def clean(self) -> None:
-        for instance in self.used:
-            runtime, _ = await self.open(instance)
-            for worker in await runtime.list_workers():
-                await runtime.remove(worker.name, grace=0)
-            assert await runtime.list_workers() == ()
-
-
-@pytest.fixture(params=["fake", "process", pytest.param("docker", marks=pytest.mark.docker)])
-async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
-    instance = f"contract-{tmp_path.name}"
-    engine = FakeEngine(images={name: script for name, (_, script) in SCRIPTS.items()})
-    makers: dict[str, Callable[[str], ContainerRuntime]] = {
-        "fake": lambda name: FakeRuntime(engine, name),
-        "process": lambda name: ProcessRuntime(name, tmp_path / "run", tmp_path),
-        "docker": DockerRuntime,
-    }
-    client: APIClient | None = None
-    if request.param == "docker":
-        client = request.getfixturevalue("docker_engine")
-    async with AsyncExitStack() as stack:
-        stage = Stage(
-            make=makers[request.param],
-            folders=RunFolders(tmp_path / "run"),
-            is_fake=request.param == "fake",
-            stack=stack,
-            instance=instance,
-        )
-        try:
-            yield stage
-        finally:
-            await stage.clean()
-    if client is not None:
-        for used in stage.used:
-            assert client.containers(all=True, filters={"label": f"gpu-server.instance={used}"}) == []
-
-
-async def read_all(worker: CreatedWorker) -> dict[str, bytes]:
-    found = {"stdout": b"", "stderr": b""}
-    async with asyncio.timeout(PATIENCE):
-        async for piece in worker.output:
-            found[piece.stream] += piece.data
-    return found
-
-
-async def until_up(worker: CreatedWorker) -> None:
-    async with asyncio.timeout(PATIENCE):
-        seen = b""
-        while seen != b"up":
-            seen += (await anext(worker.output)).data
-
-
-async def started(runtime: ContainerRuntime, spec: WorkerSpec) -> CreatedWorker:
-    worker = await runtime.create(spec)
-    await runtime.start(spec.name)
-    return worker
+from tests.contracts.runtime_stage import (
+    COUNTED,
+    LOUD_BYTES,
+    PATIENCE,
+    Stage,
+    read_all,
+    reattached,
+    started,
+    until_up,
+)
+from tests.fakes.runtime import FakeRuntime
 
 
 async def test_output_is_attached_before_the_start_and_ends_with_the_worker(stage: Stage) -> None:
@@ -231,6 +95,27 @@ async def test_starting_what_was_not_created_is_refused(stage: Stage) -> None:
     with pytest.raises(StartRefused) as refused:
         await runtime.start("s_none-1")
     assert refused.value.code == "start_failed"
+
+
+async def test_a_program_never_runs_twice(stage: Stage) -> None:
+    """Starting what runs changes nothing; starting what has ended is refused, also in the next life."""
+    runtime, listener = await stage.open()
+    spec = stage.spec("waits")
+    worker = await started(runtime, spec)
+    await until_up(worker)
+    await runtime.start(spec.name)
+    await stage.say(spec, "once")
+    await listener.next()
+    assert await read_all(worker) == {"stdout": b"once", "stderr": b"once"}
+    for life in (1, 2):
+        with pytest.raises(StartRefused) as refused:
+            await runtime.start(spec.name)
+        assert refused.value.code == "start_failed"
+        (seen,) = await runtime.list_workers()
+        assert not seen.running
+        if life == 1:
+            await runtime.close()
+            runtime, _ = await stage.open()
 
 
 async def test_removing_lets_the_worker_end_by_itself_first(stage: Stage) -> None:
@@ -313,6 +198,118 @@ async def test_an_exit_from_before_is_heard_by_the_next_life(stage: Stage) -> No
     assert (heard.name, heard.exit_code) == (spec.name, 7)
 
 
+async def test_a_worker_is_taken_up_with_its_output_from_now_on(stage: Stage) -> None:
+    """The next life reads what a running worker writes from then on, and hears its exit once."""
+    first, _ = await stage.open()
+    spec = stage.spec("waits")
+    worker = await started(first, spec)
+    await until_up(worker)
+    await first.close()
+    second, listener = await stage.open()
+    found = await reattached(second, spec.name)
+    (seen,) = await second.list_workers()
+    assert (found.container_id, found.exit) == (seen.container_id, None)
+    await second.start(spec.name)
+    await stage.say(spec, "later")
+    assert await read_all(found) == {"stdout": b"later", "stderr": b"later"}
+    assert (await listener.next()).exit_code == 5
+    marker = stage.spec("seven", "s_2")
+    await started(second, marker)
+    await listener.next()
+    assert [heard.name for heard in listener.heard] == [spec.name, marker.name]
+
+
+async def test_a_worker_that_ended_meanwhile_tells_its_exit(stage: Stage) -> None:
+    """Taking up a worker that has ended gives its exit, and an output that ends at once."""
+    first, listener = await stage.open()
+    spec = stage.spec("seven")
+    await started(first, spec)
+    heard = await listener.next()
+    await first.close()
+    second, listener = await stage.open()
+    found = await reattached(second, spec.name)
+    assert found.exit == heard
+    assert await read_all(found) == {"stdout": b"", "stderr": b""}
+    assert await listener.next() == heard
+
+
+async def test_what_never_started_cannot_be_taken_up(stage: Stage) -> None:
+    """A worker that never was, was only created, or is another instance's is none; one created can start."""
+    first, _ = await stage.open()
+    spec, running = stage.spec("hello"), stage.spec("stays", "s_2")
+    await first.create(spec)
+    await started(first, running)
+    await first.close()
+    second, _ = await stage.open()
+    for from_start in (False, True):
+        assert await second.reattach("s_none-1", from_start=from_start) is None
+        assert await second.reattach(spec.name, from_start=from_start) is None
+    other, _ = await stage.open(f"{stage.instance}-other")
+    assert await other.reattach(running.name) is None
+    worker = await started(second, spec)
+    assert (await read_all(worker))["stdout"] == b"to stdout"
+
+
+async def test_taking_up_a_worker_ends_what_was_attached_before(stage: Stage) -> None:
+    """A worker's output has one reader: the last."""
+    runtime, _ = await stage.open()
+    spec = stage.spec("waits")
+    worker = await started(runtime, spec)
+    await until_up(worker)
+    found = await reattached(runtime, spec.name)
+    assert await read_all(worker) == {"stdout": b"", "stderr": b""}
+    await stage.say(spec, "later")
+    assert await read_all(found) == {"stdout": b"later", "stderr": b"later"}
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_what_an_exec_worker_wrote_is_read_again_from_its_first_byte(stage: Stage, ended: bool) -> None:
+    """Each stream comes whole and in order, also if it was read before and if the worker has ended; a runtime
+    that keeps no output says so."""
+    first, listener = await stage.open()
+    spec = stage.spec("counts", contract=Contract.EXEC)
+    worker = await started(first, spec)
+    seen = {"stdout": b"", "stderr": b""}
+    async with asyncio.timeout(PATIENCE):
+        while not seen["stdout"].endswith(b"up\n"):
+            piece = await anext(worker.output)
+            seen[piece.stream] += piece.data
+    if ended:
+        await stage.say(spec, "the end")
+        await listener.next()
+    await first.close()
+    second, listener = await stage.open()
+    if isinstance(second, ProcessRuntime):
+        with pytest.raises(OutputLost):
+            await second.reattach(spec.name, from_start=True)
+        return
+    found = await reattached(second, spec.name, from_start=True)
+    if not ended:
+        await stage.say(spec, "the end")
+    assert (found.exit is not None) is ended
+    assert await read_all(found) == {name: text + b"the end" for name, text in COUNTED.items()}
+    assert (await listener.next()).exit_code == 5
+
+
+async def test_what_an_http_worker_wrote_is_not_kept(stage: Stage) -> None:
+    """Its output is never written down, so it cannot be had from the start; it can be from now on."""
+    runtime, _ = await stage.open()
+    spec = stage.spec("waits")
+    worker = await started(runtime, spec)
+    await until_up(worker)
+    with pytest.raises(OutputLost):
+        await runtime.reattach(spec.name, from_start=True)
+    await stage.say(spec, "later")
+    assert await read_all(worker) == {"stdout": b"later", "stderr": b"later"}
+
+
+async def test_a_sign_of_life_is_there_before_opening_and_after(stage: Stage) -> None:
+    """Whether the engine answers can be asked at any time."""
+    await stage.make(stage.instance).ping()
+    runtime, _ = await stage.open()
+    await runtime.ping(limit=PATIENCE)
+
+
 async def test_a_loud_worker_loses_nothing(stage: Stage) -> None:
     """Output far beyond any buffer arrives whole."""
     runtime, _ = await stage.open()
@@ -340,6 +337,8 @@ async def test_the_fake_can_be_slow_wrong_and_unreachable() -> None:
     runtime.unreachable = True
     with pytest.raises(RuntimeUnreachable):
         await runtime.list_workers()
+    with pytest.raises(RuntimeUnreachable):
+        await runtime.ping()
     runtime.unreachable = False
     runtime.wrong["require_image"] = StartRefused("image_missing", "no")
     with pytest.raises(StartRefused):

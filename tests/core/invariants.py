@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
+from gpu_server.core.errors import Failure
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import CloseReason, Session, SessionState, Task, TaskState, TaskType
-from gpu_server.core.slots import SlotState
+from gpu_server.core.slots import Slot, SlotState, Tier
 from gpu_server.core.timers import Alarm
 
 SESSION_ALARMS = {Alarm.GPU_WAIT, Alarm.START, Alarm.IDLE, Alarm.LIFETIME, Alarm.DRAIN, Alarm.FORGET_SESSION}
@@ -31,6 +35,7 @@ def check(node: Node) -> None:
     _check_slots(node)
     _check_line(node)
     _check_places(node)
+    _check_keys(node)
     _check_timers_have_owners(node)
 
 
@@ -50,10 +55,51 @@ def snapshot(node: Node) -> str:
             node.tasks,
             [session.id for session in node.line],
             node.shutting_down,
+            node.runtime_doubt,
+            (node.task_keys, node.session_keys),
+            (list(node._live), list(node._ended_tasks), list(node._ended_sessions)),
             node._next_fence,
             sorted(node._timers._when.items()),
         )
     )
+
+
+def durable(node: Node) -> dict[str, Any]:
+    """What another life of the service must find. The rest comes back otherwise, or is not needed there:
+    stages, places, readers and their deadlines, stories, doubts, workers' words, the order of free slots."""
+    return {
+        "slots": {slot.spec.id: _kept(slot) for slot in node.slots},
+        "free slots": {tiers: set(ids) for tiers, ids in node.slots._free.items() if ids},
+        "slots that serve": {tier: node.slots.serving(tier) for tier in Tier},
+        "sessions": [_kept(session) for session in node.sessions.values()],
+        "tasks": [_kept(task) for task in node.tasks.values()],
+        "line": [session.id for session in node.line],
+        "live sessions": [session.id for session in node.live_sessions()],
+        "ended tasks": set(node._ended_tasks),
+        "ended sessions": set(node._ended_sessions),
+        "keys": (node.task_keys, node.session_keys),
+        "next fence": node._next_fence,
+        "deadlines": {key: at for key, at in node._timers._when.items() if key[0] is not Alarm.DISCONNECT},
+    }
+
+
+_NOT_KEPT = {
+    Slot: {"doubt", "history"},
+    Session: {"stage", "log_tail", "history"},
+    Task: {"position", "readers", "history"},
+}
+_KEPT = {kind: [f.name for f in fields(kind) if f.name not in out] for kind, out in _NOT_KEPT.items()}
+
+
+def _kept(entity: Slot | Session | Task) -> list[Any]:
+    values = [getattr(entity, name) for name in _KEPT[type(entity)]]
+    return [_without_words(value) for value in values]
+
+
+def _without_words(value: Any) -> Any:
+    if isinstance(value, Failure) and value.from_worker:
+        return ("from a worker", value.code)
+    return list(value) if isinstance(value, dict) else value  # the order of a worker's tasks matters
 
 
 def _check_session(node: Node, session: Session) -> None:
@@ -110,9 +156,9 @@ def _check_session(node: Node, session: Session) -> None:
             leased = slot.state is SlotState.LEASED and slot.holder == session.id
             must(leased, "a session runs on a slot that is not leased to it:", session, slot)
             must(slot.fence == session.fence, "the fences differ:", session, slot)
-            must(session.tier in slot.spec.tiers, "the wrong tier:", session, slot)
-    if node.shutting_down:
-        must(session.ended or session.tearing_down, "a session lives through the shutdown:", session)
+    if node.shutting_down and not (session.ended or session.tearing_down):
+        must(state is not SessionState.WAITING, "it waits in the shutdown:", session)
+        must(bool(session.busy or session.queue), "it lives through the shutdown without work:", session)
 
 
 def _check_task(node: Node, task: Task) -> None:
@@ -132,7 +178,9 @@ def _check_task(node: Node, task: Task) -> None:
     running = task.state is TaskState.RUNNING
     must((queued, busy) == (not running, running), "the task is in the wrong place:", task, session)
     must(session.queue.count(task.id) == int(not running), "queued twice:", task, session)
-    needed = ({Alarm.TASK} if running else set()) | (set() if task.readers > 0 else {Alarm.DISCONNECT})
+    needed = ({Alarm.TASK} if running else set()) | (
+        set() if task.readers > 0 or task.detached else {Alarm.DISCONNECT}
+    )
     must(alarms == needed, f"a {task.state} task needs deadlines {needed}, it has {alarms}:", task)
 
 
@@ -152,6 +200,8 @@ def _check_slots(node: Node) -> None:
         must(slot.fault is None or slot.state is not SlotState.FREE, "free with a fault:", slot)
     free = sum(slot.state is SlotState.FREE for slot in node.slots)
     must(free == node.slots.free_count, "the count of free slots is wrong:", free)
+    numbers = [slot.number for slot in node.slots]
+    must(len(numbers) == len(set(numbers)), "two slots share a number:", numbers)
     fences = [session.fence for session in node.sessions.values() if session.fence]
     must(len(fences) == len(set(fences)), "two sessions share a fence:", fences)
 
@@ -160,7 +210,8 @@ def _check_line(node: Node) -> None:
     waiting = [s.id for s in node.sessions.values() if s.state is SessionState.WAITING]
     in_line = [session.id for session in node.line]
     must(sorted(waiting) == sorted(in_line), "the line is not who waits:", waiting, in_line)
-    must(node.line.next_start(node.slots) is None, "someone waits who could start:", in_line)
+    if node.runtime_doubt is None:
+        must(node.line.next_start(node.slots) is None, "someone waits who could start:", in_line)
     for session in node.line:
         must(bool(session.queue) or session.asked_for, "it waits for no task:", session)
 
@@ -175,6 +226,15 @@ def _check_places(node: Node) -> None:
                 must(node.tasks[task_id].position == place, f"place {place}:", node.tasks[task_id])
     for task in node.tasks.values():
         must(task.state is TaskState.QUEUED or task.position is None, "a place without a queue:", task)
+
+
+def _check_keys(node: Node) -> None:
+    tasks = {(task.tenant, task.key.name): task.id for task in node.tasks.values() if task.key}
+    must(node.task_keys == tasks, "the keys are not those of the tasks:", node.task_keys, tasks)
+    sessions = {(one.tenant, one.key.name): one.id for one in node.sessions.values() if one.key}
+    must(
+        node.session_keys == sessions, "the keys are not those of the sessions:", node.session_keys, sessions
+    )
 
 
 def _check_timers_have_owners(node: Node) -> None:

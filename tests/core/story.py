@@ -1,19 +1,33 @@
-"""A node told as a story: who does what, and when. The state is checked after every event."""
+"""A node told as a story: who does what, and when. After every event the state is checked, and whether
+another life of the service would find it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.node import Node
-from gpu_server.core.sessions import CloseReason, Rules, Session, Task, TaskState, TaskType, Workload
+from gpu_server.core.sessions import (
+    CloseReason,
+    RequestKey,
+    Rules,
+    Session,
+    Task,
+    TaskState,
+    TaskType,
+    Workload,
+)
 from gpu_server.core.slots import BOTH_TIERS, Certificate, Slot, SlotSpec, Tier
 from tests.core.invariants import check
+from tests.core.journal import Journal, check_cut
 
 WORK = Workload(model_id="m", task_preset="chat")
+EXIT = Failure(code=FailureCode.WORKER_EXITED, message="exit code 137")
 EXEC = Workload(model_id="m", task_preset="batch", serves_sessions=False)
 
 
@@ -27,20 +41,29 @@ def device(slot_id: str, tiers: frozenset[Tier] = BOTH_TIERS) -> SlotSpec:
     return SlotSpec(id=slot_id, uuid=f"GPU-{slot_id}", name="L40S", memory_mb=46068, is_gpu=True, tiers=tiers)
 
 
+def devices(slots: Iterable[str | SlotSpec]) -> tuple[SlotSpec, ...]:
+    """A GPU in each of these slots."""
+    return tuple(device(slot) if isinstance(slot, str) else slot for slot in slots)
+
+
 class Story:
     """A node with some slots, its clock, and everything it has said.
 
     A task `t1` that gets a new session gets session `s1`.
     """
 
-    def __init__(self, *slots: str | SlotSpec, washed: bool = True, **rules: float) -> None:
-        self.node = Node(Rules(**rules))  # type: ignore[arg-type]
+    def __init__(
+        self, *slots: str | SlotSpec, washed: bool = True, first_fence: int = 1, **rules: float
+    ) -> None:
+        self.make_node = partial(Node, first_fence=first_fence)
+        self.node = self.make_node(Rules(**rules))  # type: ignore[arg-type]
         self.now = 1000.0
         self.said: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-        specs = tuple(device(slot) if isinstance(slot, str) else slot for slot in slots or ("g0",))
-        self.tell(ev.NodeStarted(slots=specs))
+        self.journal = Journal()
+        self.specs = devices(slots or ("g0",))
+        self.tell(ev.NodeStarted(slots=self.specs))
         if washed:
-            for spec in specs:
+            for spec in self.specs:
                 self.tell(ev.WashPassed(certificate=self.certificate(spec.id)))
 
     def tell(self, event: ev.Event) -> list[fx.Effect]:
@@ -50,6 +73,8 @@ class Story:
             if isinstance(effect, fx.Publish):
                 self.said[effect.task_id].append((effect.event, dict(effect.data)))
         check(self.node)
+        self.journal.write(self.node.take_changes())
+        check_cut(self.node, self.journal, self.make_node)
         return effects
 
     def after(self, seconds: float) -> list[fx.Effect]:
@@ -60,6 +85,14 @@ class Story:
             effects += self.tell(ev.Tick())
         self.now = until
         return effects
+
+    def restart(self, *slots: str | SlotSpec, rebooted: bool = False, after: float = 0.0) -> list[fx.Effect]:
+        """The service is killed. Another begins `after` seconds later, with these slots or the same."""
+        self.now += after
+        self.node = self.make_node(self.node.rules)
+        self.node.restore(self.journal.rows())
+        self.specs = devices(slots) if slots else self.specs
+        return self.tell(ev.NodeStarted(slots=self.specs, rebooted=rebooted))
 
     # -- requests
 
@@ -74,6 +107,8 @@ class Story:
         workload: Workload = WORK,
         timeout: float = 60.0,
         read: bool = True,
+        detached: bool = False,
+        key: RequestKey | None = None,
     ) -> list[fx.Effect]:
         """A tenant submits a task, and reads its stream unless told otherwise."""
         effects = self.tell(
@@ -86,6 +121,8 @@ class Story:
                 session_id=to,
                 new_session_id=task_id.replace("t", "s", 1),
                 timeout=timeout,
+                detached=detached,
+                key=key,
             )
         )
         if read:
@@ -99,10 +136,12 @@ class Story:
         tenant: str = "ann",
         tier: Tier | None = None,
         workload: Workload = WORK,
+        key: RequestKey | None = None,
     ) -> list[fx.Effect]:
         """A tenant asks for a session ahead of its first task."""
-        event = ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload)
-        return self.tell(event)
+        return self.tell(
+            ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload, key=key)
+        )
 
     def kill(self, session_id: str = "s1", tenant: str = "ann") -> list[fx.Effect]:
         return self.tell(ev.SessionKillRequested(session_id=session_id, tenant=tenant))
@@ -122,8 +161,15 @@ class Story:
     def order_wash(self, slot_id: str = "g0") -> list[fx.Effect]:
         return self.tell(ev.SlotWashOrdered(slot_id=slot_id))
 
+    def drain(self) -> list[fx.Effect]:
+        return self.tell(ev.DrainOrdered())
+
     def shut_down(self) -> list[fx.Effect]:
         return self.tell(ev.ShutdownOrdered())
+
+    def doubt(self, doubt: str | None = "no answer") -> list[fx.Effect]:
+        """The container runtime is asked, and does not answer; or it does again."""
+        return self.tell(ev.RuntimeChecked(doubt=doubt))
 
     # -- what became of effects
 
@@ -133,9 +179,12 @@ class Story:
         return self.tell(ev.WorkerReady(session_id=session_id))
 
     def lose(
-        self, session_id: str = "s1", reason: CloseReason = CloseReason.WORKER_EXITED, log_tail: str = ""
+        self,
+        session_id: str = "s1",
+        reason: CloseReason = CloseReason.WORKER_EXITED,
+        log_tail: str = "",
+        failure: Failure = EXIT,
     ) -> list[fx.Effect]:
-        failure = Failure(code=FailureCode.WORKER_EXITED, message="exit code 137")
         return self.tell(
             ev.WorkerLost(session_id=session_id, reason=reason, failure=failure, log_tail=log_tail)
         )
@@ -202,3 +251,24 @@ class Story:
 def only(effects: list[fx.Effect], kind: type[fx.Effect]) -> list[Any]:
     """The effects of one kind."""
     return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def own_washes(effects: list[fx.Effect]) -> list[fx.WashSlots]:
+    """The washes of sessions, without those of slots that nobody held."""
+    return [wash for wash in only(effects, fx.WashSlots) if wash.session_id is not None]
+
+
+def warm(*slots: str, **rules: float) -> Story:
+    """Session `s1` of ann, ready and without tasks."""
+    story = Story(*slots, **rules)
+    story.ask("s1")
+    story.ready("s1")
+    return story
+
+
+def busy(*tasks: str, **rules: float) -> Story:
+    """Session `s1` of ann, with the first of these tasks running and the others queued."""
+    story = warm(**rules)
+    for task_id in tasks or ("t1",):
+        story.submit(task_id, to="s1", timeout=10_000.0)
+    return story

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from gpu_server.core import effects as fx
+from gpu_server.core import events as ev
+from gpu_server.core.admission import known_request
 from gpu_server.core.errors import Refusal, RefusalCode
-from gpu_server.core.sessions import TaskType
+from gpu_server.core.rows import without_fingerprints
+from gpu_server.core.sessions import RequestKey, TaskType
 from gpu_server.core.slots import Tier
 from tests.core.invariants import snapshot
 from tests.core.story import EXEC, Story, device, only, work
@@ -207,3 +210,90 @@ def test_only_a_quarantined_slot_can_be_washed_by_order(slot_id: str, code: Refu
     """An operator cannot wash a slot under somebody's feet, nor one that is not there."""
     story = served()
     assert refused(story, lambda: story.order_wash(slot_id)).code is code
+
+
+# -- requests that come again
+
+
+def known(
+    story: Story, name: str, fingerprint: str, *, tenant: str = "ann", session: bool = False
+) -> str | None:
+    """What a request with this key has made."""
+    key, node = RequestKey(name=name, fingerprint=fingerprint), story.node
+    if session:
+        return known_request(node.session_keys, node.sessions, tenant, key)
+    return known_request(node.task_keys, node.tasks, tenant, key)
+
+
+def keyed() -> Story:
+    """Task `t1` of ann, made by a request with the key `k1`."""
+    story = Story("g0", task_retention=100)
+    story.submit("t1", key=RequestKey(name="k1", fingerprint="f1"))
+    return story
+
+
+def test_a_request_that_comes_again_finds_what_it_made() -> None:
+    """While it runs and after its end, in this life of the service and in another."""
+    story = keyed()
+    assert known(story, "k1", "f1") == "t1"
+    story.kill()
+    assert known(story, "k1", "f1") == "t1"
+    story.restart()
+    assert known(story, "k1", "f1") == "t1"
+
+
+def test_a_key_with_another_body_is_refused() -> None:
+    """It would get the answer to a question that it did not ask."""
+    story = keyed()
+    with pytest.raises(
+        Refusal, match="Idempotency-Key k1 came with another body before, and made t1"
+    ) as refused:
+        known(story, "k1", "f2")
+    assert refused.value.code is RefusalCode.IDEMPOTENCY_MISMATCH
+
+
+def test_a_key_is_its_tenants_own() -> None:
+    """Another tenant's request with the same key is a new one."""
+    assert known(keyed(), "k1", "f1", tenant="bob") is None
+
+
+def test_keys_of_tasks_and_of_sessions_are_apart() -> None:
+    """The same key may have made one of each."""
+    story = keyed()
+    assert known(story, "k1", "f1", session=True) is None
+    story.ask("s2", key=RequestKey(name="k1", fingerprint="f9"))
+    assert known(story, "k1", "f9", session=True) == "s2"
+    assert known(story, "k1", "f1") == "t1"
+
+
+def test_a_key_is_forgotten_with_what_it_made() -> None:
+    """After its retention the request is a new one."""
+    story = keyed()
+    story.kill()
+    story.after(100)
+    assert known(story, "k1", "f1") is None
+
+
+def test_without_its_fingerprint_the_key_decides() -> None:
+    """What cannot be compared any more counts as the same: nothing is done twice."""
+    story = keyed()
+    story.journal.replace(without_fingerprints(story.journal.rows()))
+    story.restart()
+    assert known(story, "k1", "whatever") == "t1"
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_a_request_that_was_taken_back_may_come_again(session: bool) -> None:
+    """Its client was told no, so its key is free, in this life and in another, and what it made ends."""
+    story, key = Story("g0"), RequestKey(name="k1", fingerprint="f1")
+    if session:
+        story.ask("s1", key=key)
+        story.tell(ev.RequestWithdrawn(task_id=None, session_id="s1"))
+    else:
+        story.submit("t1", key=key)
+        story.tell(ev.RequestWithdrawn(task_id="t1", session_id="s1"))
+        assert story.names("t1")[-2:] == ["error:storage_failing", "task_finish:failed"]
+    assert story.session().tearing_down
+    assert known(story, "k1", "f1", session=session) is None
+    story.restart()
+    assert known(story, "k1", "f1", session=session) is None

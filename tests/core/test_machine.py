@@ -1,20 +1,13 @@
-"""The node in random histories: see `machine.py` for what is checked after every step."""
+"""The node in random histories: see `world.py` and `books.py` for what is checked after every step."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.core.hunt import HISTORIES
 from tests.core.machine import NodeMachine
-
-HISTORIES = settings(
-    stateful_step_count=50,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 def test_a_few_hundred_histories() -> None:

@@ -12,27 +12,11 @@ from gpu_server.core.sessions import CloseReason, Expiry, Rules, SessionState, T
 from gpu_server.core.slots import Certificate, SlotState, Tier
 from gpu_server.core.timers import Alarm
 from tests.core.invariants import snapshot
-from tests.core.story import EXEC, Story, device, only, work
+from tests.core.story import EXEC, Story, busy, device, only, warm, work
 
 LOW, HIGH = frozenset({Tier.LOW}), frozenset({Tier.HIGH})
 PAIR = work(gpus=2)
 BATCHED = work(max_concurrent_tasks=3)
-
-
-def warm(*slots: str, **rules: float) -> Story:
-    """Session `s1` of ann, ready and without tasks."""
-    story = Story(*slots, **rules)
-    story.ask("s1")
-    story.ready("s1")
-    return story
-
-
-def busy(*tasks: str, **rules: float) -> Story:
-    """Session `s1` of ann, with the first of these tasks running and the others queued."""
-    story = warm(**rules)
-    for task_id in tasks or ("t1",):
-        story.submit(task_id, to="s1", timeout=10_000.0)
-    return story
 
 
 # -- a task's way
@@ -741,12 +725,7 @@ def test_a_task_gets_a_slot_of_its_difficulty() -> None:
 
 def test_fences_grow() -> None:
     """Every lease has a higher fence than all before it, also those of an earlier life of the node."""
-    node = Node(Rules(), first_fence=41)
-    story = Story("g0", "g1")
-    story.node = node
-    story.tell(ev.NodeStarted(slots=(device("g0"), device("g1"))))
-    story.passes("g0")
-    story.passes("g1")
+    story = Story("g0", "g1", first_fence=41)
     fences = [only(story.ask(name), fx.StartWorker)[0].fence for name in ("s1", "s2")]
     assert fences == [41, 42]
 

@@ -223,3 +223,61 @@ def test_a_doubt_keeps_a_slot_from_being_leased_while_it_lasts() -> None:
     assert (slots.choose(1, Tier.LOW), slots["g0"].state) == ((), SlotState.FREE)
     slots.report_check("g0", None, None)
     assert slots.choose(1, Tier.LOW) == ("g0",)
+
+
+# -- devices that come and go
+
+
+def test_a_new_slot_gets_the_lowest_number_that_is_free() -> None:
+    """No two slots share one, and nobody's changes."""
+    slots = clean(a=LOW, b=LOW, c=LOW)
+    slots.remove("b")
+    assert (slots.add(device("d")).number, slots.add(device("e")).number) == (1, 3)
+    assert [slot.number for slot in slots] == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize("state", list(SlotState))
+def test_a_slot_that_is_removed_is_nowhere(state: SlotState) -> None:
+    """Whatever state it was in: it is not chosen, and does not count."""
+    slots = slot_in(state)
+    slots.remove("g0")
+    assert "g0" not in slots
+    assert (slots.free_count, slots.serving(Tier.LOW), slots.choose(1, Tier.LOW)) == (0, 0, ())
+
+
+@pytest.mark.parametrize("state", list(SlotState))
+def test_a_slot_may_serve_other_tiers_than_before(state: SlotState) -> None:
+    """It is the same slot in the same state, and is found where it serves now."""
+    slots = slot_in(state)
+    slots.describe(device("g0", HIGH))
+    assert slots["g0"].state is state
+    assert (slots.serving(Tier.LOW), slots.serving(Tier.HIGH)) == (0, 1)
+    free = state is SlotState.FREE
+    assert (slots.choose(1, Tier.LOW), slots.choose(1, Tier.HIGH)) == ((), ("g0",) if free else ())
+
+
+@pytest.mark.parametrize("state", list(SlotState))
+def test_the_wash_at_the_start_takes_a_slot_from_wherever_it_is(state: SlotState) -> None:
+    """It is nobody's, under no lease's fence, and its certificate frees it."""
+    slots = slot_in(state)
+    slots.begin_wash("g0")
+    slot = slots["g0"]
+    assert (slot.state, slot.holder, slot.fence, slots.free_count) == (SlotState.WASHING, None, 0, 0)
+    if slot.fault is None:
+        slots.free(certificate())
+        assert slots.choose(1, Tier.LOW) == ("g0",)
+
+
+def test_what_has_changed_is_gathered() -> None:
+    """Each slot once, until somebody has asked; a check that finds nothing new changes nothing."""
+    slots = clean(a=LOW, b=LOW)
+    slots.touched.clear()
+    slots.report_check("a", None, None)
+    slots.report_check("a", None, "no answer")
+    assert not slots.touched
+    slots.lease(["b"], "s1", 1)
+    slots.report_check("b", "xid 79", None)
+    slots.wash(["b"], "over")
+    assert list(slots.touched) == ["b"]
+    slots.remove("a")
+    assert list(slots.touched) == ["b", "a"]

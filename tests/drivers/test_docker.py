@@ -125,7 +125,7 @@ async def test_an_engine_that_hangs_is_unreachable(relay: Relay) -> None:
     relay.hung = True
     runtime = DockerRuntime("i", f"unix://{relay.path}", call_timeout=0.2)
     with pytest.raises(RuntimeUnreachable):
-        await runtime.ping()
+        await runtime.ping(limit=0.2)
     with pytest.raises(RuntimeUnreachable):
         await runtime.open(lambda _: None)
     await runtime.close()

@@ -181,27 +181,36 @@ async def main(root):
     await runtime.open(lambda _: None)
     folder = RunFolders(root / "run").create("s_1", TEST_UID, None)
     worker = await runtime.create(worker_spec(folder, sys.argv[2]))
-    await runtime.start(worker.name)
-    print((await anext(worker.output)).data.decode().strip(), flush=True)
+    if sys.argv[3] == "start":
+        await runtime.start(worker.name)
+        print((await anext(worker.output)).data.decode().strip(), flush=True)
+    else:
+        print("created", flush=True)
     await asyncio.Event().wait()
 asyncio.run(main(Path(sys.argv[1])))
 """
 TALKS = """
-import signal, sys
+import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-print("up", flush=True)
+os.write(1, b"up")
 signal.sigwait([signal.SIGUSR1])
 sys.stdout.write("x" * 500_000); sys.stdout.flush()
 sys.stderr.write("y" * 500_000)
 """
 
 
+async def run_and_kill_service(tmp_path: Path, last: str) -> None:
+    """A service that creates a worker, starts it if that is the last it does, and is killed then."""
+    with running([sys.executable, "-c", SERVICE, str(tmp_path), TALKS, last]) as service:
+        assert service.stdout is not None
+        said = await asyncio.to_thread(service.stdout.readline)
+        service.kill()
+    assert said == {"start": "up\n", "create": "created\n"}[last]
+
+
 async def test_a_worker_survives_a_killed_service_and_is_taken_over(tmp_path: Path) -> None:
     """kill -9 of the service: its worker runs on, is listed, may write without end, is heard and removed."""
-    with running([sys.executable, "-c", SERVICE, str(tmp_path), TALKS]) as service:
-        assert service.stdout is not None
-        assert await asyncio.to_thread(service.stdout.readline) == "up\n"
-        service.kill()
+    await run_and_kill_service(tmp_path, "start")
     record = read_record(tmp_path / "run/s_1")
     assert record is not None
     assert record.leader is not None
@@ -213,6 +222,43 @@ async def test_a_worker_survives_a_killed_service_and_is_taken_over(tmp_path: Pa
         assert (await exits.get()).exit_code == UNKNOWN_EXIT
         await runtime.remove("s_1-1", grace=30)
         assert await runtime.list_workers() == ()
+
+
+async def test_a_worker_of_a_killed_service_is_taken_up_with_its_output(tmp_path: Path) -> None:
+    """What it writes from then on comes whole, far beyond what a pipe holds; with which code it ended cannot
+    be known."""
+    await run_and_kill_service(tmp_path, "start")
+    record = read_record(tmp_path / "run/s_1")
+    assert record is not None
+    assert record.leader is not None
+    async with opened(tmp_path) as (runtime, exits):
+        found = await runtime.reattach("s_1-1")
+        assert found is not None
+        assert found.exit is None
+        os.kill(record.leader.pid, signal.SIGUSR1)
+        seen = {"stdout": b"", "stderr": b""}
+        async for piece in found.output:
+            seen[piece.stream] += piece.data
+        assert seen == {"stdout": b"x" * 500_000, "stderr": b"y" * 500_000}
+        heard = await exits.get()
+        assert heard.exit_code == UNKNOWN_EXIT
+        found = await runtime.reattach("s_1-1")
+        assert found is not None
+        assert found.exit == heard
+        assert [piece async for piece in found.output] == []
+
+
+async def test_a_worker_whose_service_was_killed_before_the_start_can_be_created_anew(tmp_path: Path) -> None:
+    """What was created and never started is nothing to take up, and in nobody's way."""
+    await run_and_kill_service(tmp_path, "create")
+    async with opened(tmp_path) as (runtime, exits):
+        assert await runtime.reattach("s_1-1") is None
+        path = tmp_path / "run/s_1"
+        folder = RunFolder(session_id="s_1", path=path, share=path / "share", task=path / "task")
+        worker = await runtime.create(worker_spec(folder, "print('ran')"))
+        await runtime.start(worker.name)
+        assert b"".join([piece.data async for piece in worker.output]) == b"ran\n"
+        assert (await exits.get()).exit_code == 0
 
 
 async def test_an_exit_that_nobody_saw_has_the_code_for_unknown(folder: RunFolder, tmp_path: Path) -> None:
@@ -229,7 +275,11 @@ async def test_an_exit_that_nobody_saw_has_the_code_for_unknown(folder: RunFolde
         assert await runtime.list_workers() == ()
     write_record(folder.path, dataclasses.replace(record, pid=now.pid, start_time=now.start_time))
     async with opened(tmp_path) as (runtime, exits):
-        assert (await exits.get()).exit_code == UNKNOWN_EXIT
+        heard = await exits.get()
+        assert heard.exit_code == UNKNOWN_EXIT
+        found = await runtime.reattach(record.name)
+        assert found is not None
+        assert found.exit == heard
 
 
 def test_it_says_that_it_isolates_nothing(tmp_path: Path) -> None:

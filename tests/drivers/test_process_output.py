@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpu_server.drivers.process_output import DiscardedOutput, PipedOutput, make_pipes, remove_pipes
+from gpu_server.drivers.process_output import (
+    DiscardedOutput,
+    PipedOutput,
+    make_pipes,
+    open_pipes,
+    remove_pipes,
+)
 from gpu_server.ports import Output
 
 Pipes = tuple[PipedOutput, tuple[int, int]]
@@ -66,6 +72,25 @@ async def test_pipes_of_an_adopted_worker_are_emptied(tmp_path: Path, pipes: Pip
     async with asyncio.timeout(30):
         await asyncio.to_thread(lambda: [os.write(stdout, b"x" * 50_000) for _ in range(20)])
     discarded.close()
+
+
+async def test_pipes_that_are_there_can_be_opened_again(tmp_path: Path, pipes: Pipes) -> None:
+    """A later reader gets what nobody has taken, from both streams."""
+    output, (stdout, stderr) = pipes
+    os.write(stdout, b"left")
+    output.close()
+    again = open_pipes(tmp_path)
+    os.write(stderr, b"new")
+    again.finish()
+    async with asyncio.timeout(30):
+        assert {piece.data async for piece in again} == {b"left", b"new"}
+
+
+async def test_an_output_without_pipes_ends_at_once(tmp_path: Path) -> None:
+    """Pipes that are gone, or links in their place, are an output with nothing in it."""
+    (tmp_path / "elsewhere").write_text("not the worker's")
+    (tmp_path / "stdout").symlink_to("elsewhere")
+    assert [piece async for piece in open_pipes(tmp_path)] == []
 
 
 def test_pipes_are_removed_once(tmp_path: Path) -> None:

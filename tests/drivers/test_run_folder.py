@@ -101,6 +101,40 @@ def test_creating_again_starts_from_nothing(folders: RunFolders, folder: RunFold
     assert list(again.task.iterdir()) == []
 
 
+def test_another_life_finds_the_folder(folders: RunFolders, folder: RunFolder, tmp_path: Path) -> None:
+    """It is found by its session's id, as it was made; what is not there, or is no folder, is not found."""
+    again = RunFolders(tmp_path / "run")
+    assert again.find("s_1") == folder
+    assert again.find("s_2") is None
+    (tmp_path / "run" / "s_3").touch()
+    assert again.find("s_3") is None
+    assert RunFolders(tmp_path / "nowhere").find("s_1") is None
+
+
+def test_the_owner_is_whom_it_was_made_for(folders: RunFolders, folder: RunFolder, tmp_path: Path) -> None:
+    """Whoever listens there must be that uid, whichever uid the slot's workers have today."""
+    found = RunFolders(tmp_path / "run").find("s_1")
+    assert found is not None
+    assert folders.owner(found) == TEST_UID
+    folder.share.chmod(0)
+    if os.geteuid() == 0:
+        assert folders.owner(found) == TEST_UID
+
+
+@pytest.mark.parametrize("left", ["nothing", "file", "link"])
+def test_a_folder_without_its_share_has_no_owner(folders: RunFolders, folder: RunFolder, left: str) -> None:
+    """A share that is gone, or something else now, is a fault; links are not followed to somebody else's."""
+    before = descriptors()
+    folder.share.rmdir()
+    if left == "file":
+        folder.share.touch()
+    elif left == "link":
+        folder.share.symlink_to("/tmp")
+    with pytest.raises(RunFolderFault):
+        folders.owner(folder)
+    assert descriptors() == before
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "s-1", "s_1\n", "/etc"])
 def test_names_that_are_no_session_ids_are_refused(folders: RunFolders, name: str) -> None:
     """A session id never leads out of the root."""

@@ -11,9 +11,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +23,20 @@ from gpu_server.drivers import worker_link
 from gpu_server.drivers.worker_link import (
     MAX_ANSWER_BYTES,
     LinkBroken,
-    TaskRefused,
     WorkerHealth,
-    WorkerLink,
 )
-from gpu_server.frames import FrameReader, ProtocolFault
-from tests.app.played_worker import Call, end, frame
-
-SESSION = "s_1"
-BODY = orjson.dumps({"metadata": {"prompt": "p"}})
-Handler = Callable[[Call], Awaitable[None]]
-
-
-@dataclass
-class Sink:
-    """Keeps what a reader passes on."""
-
-    bodies: list[bytes] = field(default_factory=list)
-    notes: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
-
-    def relay(self, bodies: list[bytes]) -> None:
-        self.bodies += bodies
-
-    def note(self, event: str, data: Mapping[str, Any]) -> None:
-        self.notes.append((event, data))
-
-
-@dataclass
-class Listening:
-    """What a listening worker has seen."""
-
-    link: WorkerLink
-    calls: list[tuple[str, str, bytes]] = field(default_factory=list)
-    connections: int = 0
+from gpu_server.frames import ProtocolFault
+from tests.app.played_worker import Call
+from tests.drivers.listening_worker import (
+    BODY,
+    SESSION,
+    Heard,
+    answers,
+    delta,
+    health_answer,
+    linked,
+    listening,
+)
 
 
 @pytest.fixture
@@ -65,73 +44,6 @@ def path() -> Iterator[str]:
     """A socket's path, short enough for its address."""
     with tempfile.TemporaryDirectory(prefix="link") as folder:
         yield str(Path(folder, "worker.sock"))
-
-
-@asynccontextmanager
-async def linked(path: str, *, uid: int | None = None) -> AsyncIterator[WorkerLink]:
-    """A link that is closed behind the test."""
-    link = WorkerLink(path, session_id=SESSION, uid=uid)
-    try:
-        yield link
-    finally:
-        await link.close()
-
-
-@asynccontextmanager
-async def listening(path: str, handler: Handler, *, uid: int | None = None) -> AsyncIterator[Listening]:
-    """A worker whose every answer is the handler's, and a link to it."""
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        worker.connections += 1
-        try:
-            while not writer.transport.is_closing():
-                head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                method, target, _ = head.split(" ", 2)
-                lines = (line.partition(":") for line in head.lower().splitlines())
-                length = next((int(value) for name, _, value in lines if name == "content-length"), 0)
-                body = await reader.readexactly(length)
-                worker.calls.append((method, target, body))
-                await handler(Call(method, target, body, writer))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.transport.abort()
-
-    async with linked(path, uid=uid) as link:
-        worker = Listening(link)
-        server = await asyncio.start_unix_server(connected, path)
-        try:
-            yield worker
-        finally:
-            await link.close()
-            server.close()
-
-
-def answers(status: int, body: Any) -> Handler:
-    """Every request gets this answer."""
-
-    async def handler(call: Call) -> None:
-        await call.answer(status, body)
-
-    return handler
-
-
-def streams(*chunks: bytes) -> Handler:
-    """Every request gets this stream, ended properly."""
-
-    async def handler(call: Call) -> None:
-        await call.stream(*chunks)
-        await call.done()
-
-    return handler
-
-
-def delta(number: int) -> bytes:
-    return frame(number, "text_delta", delta=f"d{number}")
-
-
-def health_answer(**changes: Any) -> dict[str, Any]:
-    return {"status": "ready", "session_id": SESSION, "progress": None, "message": None, **changes}
 
 
 # -- health -------------------------------------------------------------------------------------------------
@@ -336,257 +248,6 @@ async def test_nobody_listens(path: str, what: str) -> None:
         async with linked(path, uid=os.geteuid()) as link:
             with pytest.raises(LinkBroken, match="nobody listens"):
                 link.check_listener()
-
-
-# -- tasks --------------------------------------------------------------------------------------------------
-
-
-class Heard(FrameReader):
-    """A reader that tells when it has heard the task's end."""
-
-    def __init__(self) -> None:
-        self.sink, self.ended = Sink(), asyncio.Event()
-        super().__init__(self.sink)
-
-    def feed(self, chunk: bytes) -> None:
-        super().feed(chunk)
-        if self.end is not None:
-            self.ended.set()
-
-    @property
-    def deltas(self) -> list[str]:
-        return [orjson.loads(body.split(b"data: ")[1])["delta"] for body in self.sink.bodies]
-
-
-async def test_run(path: str) -> None:
-    """A task's body goes to the worker, its events come to the reader, and the connection is used again."""
-    frames = delta(1) + frame(None, "progress", stage="s", done=1, total=None) + delta(2)
-    async with listening(path, streams(frames[:30], frames[30:], end(3, usage={"n": 2}))) as worker:
-        for task_id in ("t_1", "t_2"):
-            reader = Heard()
-            await worker.link.run(task_id, BODY, reader)
-            assert reader.deltas == ["d1", "d2"]
-            assert reader.sink.notes == [("progress", {"stage": "s", "done": 1, "total": None})]
-            assert reader.end == ("completed", None, {"n": 2})
-            assert reader.seq == 3
-        assert worker.calls == [("POST", f"/tasks/{task_id}", BODY) for task_id in ("t_1", "t_2")]
-        assert worker.connections == 1
-
-
-async def test_attach(path: str) -> None:
-    """A stream that broke in the middle of a frame is asked for behind the last whole one."""
-
-    async def handler(call: Call) -> None:
-        if call.method == "POST":
-            await call.stream(delta(1), delta(2), delta(3)[:15])
-        else:
-            await call.stream(delta(3), end(4))
-        await call.done()
-
-    async with listening(path, handler) as worker:
-        reader = Heard()
-        with pytest.raises(LinkBroken, match="ended before the task"):
-            await worker.link.run("t_1", BODY, reader)
-        assert (reader.seq, reader.end) == (2, None)
-        await worker.link.attach("t_1", reader)
-        assert worker.calls[1] == ("GET", "/tasks/t_1/events?after=2", b"")
-        assert reader.deltas == ["d1", "d2", "d3"]
-        assert reader.end is not None
-
-
-@pytest.mark.parametrize("status", [201, 204, 206, 302, 400, 404, 410, 500, 503])
-async def test_refused(path: str, status: int) -> None:
-    """Everything but 200 is a refusal, and its body is not looked at."""
-    body = b"" if status == 204 else delta(1) + end(2)
-    async with listening(path, answers(status, body)) as worker:
-        reader = Heard()
-        with pytest.raises(TaskRefused, match=f"{status} to POST"):
-            await worker.link.run("t_1", BODY, reader)
-        with pytest.raises(TaskRefused, match=f"{status} to GET"):
-            await worker.link.attach("t_1", reader)
-        assert (reader.seq, reader.end) == (0, None)
-
-
-@pytest.mark.parametrize("when", ["at once", "after the head", "in the stream"])
-async def test_a_connection_that_breaks(path: str, when: str) -> None:
-    """A connection that breaks is told apart from a task that fails; what came before has been read."""
-    reader = Heard()
-
-    async def handler(call: Call) -> None:
-        if when != "at once":
-            await call.stream()
-        if when == "in the stream":
-            await call.send(delta(1))
-            while reader.seq < 1:  # noqa: ASYNC110  # the reader is in this loop too
-                await asyncio.sleep(0)
-        call.cut()
-
-    async with listening(path, handler) as worker:
-        with pytest.raises(LinkBroken):
-            await worker.link.run("t_1", BODY, reader)
-        assert reader.deltas == (["d1"] if when == "in the stream" else [])
-        with pytest.raises(LinkBroken):
-            await worker.link.attach("t_1", Heard())
-
-
-async def test_run_without_a_worker(path: str) -> None:
-    """Without a socket the link is broken."""
-    async with linked(path) as link:
-        with pytest.raises(LinkBroken):
-            await link.run("t_1", BODY, Heard())
-        with pytest.raises(LinkBroken):
-            await link.attach("t_1", Heard())
-
-
-async def test_a_stream_without_end(path: str) -> None:
-    """A response that ends properly without the task's end is a broken link."""
-    for number, chunks in enumerate(([], [delta(1)], [delta(1)[:10]])):
-        async with listening(f"{path}{number}", streams(*chunks)) as worker:
-            with pytest.raises(LinkBroken, match="ended before the task"):
-                await worker.link.run("t_1", BODY, Heard())
-
-
-async def test_an_end_that_is_held_open(path: str) -> None:
-    """The task's end does not wait for the response's; a connection so left is not used again."""
-    holding = asyncio.Event()
-
-    async def handler(call: Call) -> None:
-        if call.method == "GET":
-            await call.answer(200, health_answer())
-            return
-        await call.stream(delta(1), end(2))
-        await holding.wait()
-
-    async with listening(path, handler) as worker:
-        reader = Heard()
-        async with asyncio.timeout(5):
-            await worker.link.run("t_1", BODY, reader)
-        assert reader.end is not None
-        assert not holding.is_set()
-        assert (await worker.link.health()).status == "ready"
-        assert worker.connections == 2
-        holding.set()
-
-
-async def test_a_connection_that_breaks_after_the_end(path: str) -> None:
-    """Once the task has ended, how its connection ends is nobody's business."""
-    reader = Heard()
-
-    async def handler(call: Call) -> None:
-        await call.stream(end(1))
-        await reader.ended.wait()
-        call.cut()
-
-    async with listening(path, handler) as worker:
-        await worker.link.run("t_1", BODY, reader)
-        assert reader.end is not None
-
-
-@pytest.mark.parametrize(
-    ("what", "late"),
-    [
-        *((what, late) for what in (delta(2), end(2), b"junk\n\n") for late in (False, True)),
-        (b"x", True),  # half a frame in one piece with the end is not looked at
-    ],
-)
-async def test_bytes_after_the_end(
-    path: str, what: bytes, late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that goes on behind its task's end is out of line, in the same piece or a later one."""
-    monkeypatch.setattr(worker_link, "LAST_BYTE_SECONDS", 20)
-    reader = Heard()
-
-    async def handler(call: Call) -> None:
-        await call.stream(end(1) if late else end(1) + what)
-        if late:
-            await reader.ended.wait()
-            await call.send(what)
-
-    async with listening(path, handler) as worker:
-        with pytest.raises(ProtocolFault):
-            await worker.link.run("t_1", BODY, reader)
-
-
-async def test_what_the_reader_refuses(path: str) -> None:
-    """A fault in the stream comes out as it is, and the worker's connection is closed on it."""
-    closed = asyncio.Event()
-
-    async def handler(call: Call) -> None:
-        await call.stream(delta(1), delta(3))
-        try:
-            while True:
-                await call.send(delta(4))
-        except ConnectionError:
-            closed.set()
-
-    async with listening(path, handler) as worker:
-        reader = Heard()
-        with pytest.raises(ProtocolFault, match="3 came after 1"):
-            await worker.link.run("t_1", BODY, reader)
-        assert reader.deltas == ["d1"]
-        async with asyncio.timeout(20):
-            await closed.wait()
-
-
-async def test_a_stream_has_no_deadline(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task may be silent for longer than any call may take."""
-    monkeypatch.setattr(worker_link, "_CALL", aiohttp.ClientTimeout(total=0.01))
-
-    async def handler(call: Call) -> None:
-        await call.stream(delta(1))
-        await asyncio.sleep(0.1)
-        await call.send(end(2))
-        await call.done()
-
-    async with listening(path, handler) as worker:
-        reader = Heard()
-        await worker.link.run("t_1", BODY, reader)
-        assert reader.end is not None
-
-
-# -- cancelling ---------------------------------------------------------------------------------------------
-
-
-async def test_cancel(path: str) -> None:
-    """A cancel goes beside the stream of its task, on a connection of its own."""
-    cancelled = asyncio.Event()
-
-    async def handler(call: Call) -> None:
-        if call.method == "DELETE":
-            await call.answer(202, {})
-            cancelled.set()
-            return
-        await call.stream(delta(1))
-        await cancelled.wait()
-        await call.send(end(2, "cancelled"))
-        await call.done()
-
-    async with listening(path, handler) as worker, asyncio.TaskGroup() as group:
-        reader = Heard()
-        running = group.create_task(worker.link.run("t_1", BODY, reader))
-        while reader.seq < 1:  # noqa: ASYNC110  # the reader is in this loop too
-            await asyncio.sleep(0)
-        await worker.link.cancel("t_1")
-        await running
-        assert reader.end is not None
-        assert reader.end[0] == "cancelled"
-        assert worker.calls[1] == ("DELETE", "/tasks/t_1", b"")
-        assert worker.connections == 2
-
-
-@pytest.mark.parametrize("status", [400, 404, 500, 503])
-async def test_cancel_refused(path: str, status: int) -> None:
-    """A worker that does not know the task yet says so, and may be asked again."""
-    async with listening(path, answers(status, {})) as worker:
-        with pytest.raises(TaskRefused, match=f"{status} to DELETE"):
-            await worker.link.cancel("t_1")
-
-
-async def test_cancel_without_a_worker(path: str) -> None:
-    """A cancel that reaches nobody says so."""
-    async with linked(path) as link:
-        with pytest.raises(LinkBroken, match="not delivered"):
-            await link.cancel("t_1")
 
 
 def open_descriptors() -> int:

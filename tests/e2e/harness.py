@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -25,6 +26,7 @@ import aiohttp
 import pytest
 import yaml
 from docker import APIClient
+from docker.errors import APIError
 
 from gpu_server.client import Client, TaskEvent, read_events
 
@@ -92,6 +94,7 @@ def presets(runtime: str) -> dict[str, Any]:
                 "stream": ECHO,
                 "batch": {**ECHO, "max_concurrent_tasks": 3},
                 "slow_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 60}},
+                "short_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 2}},
                 "cannot_load": {**ECHO, "env_vars": {"LOAD_FAIL": "the weights are torn"}},
                 "pair": {**ECHO, "gpus": 2},
                 "huge": {**ECHO, "gpus": 64},
@@ -454,6 +457,23 @@ class Service:
         self.process.kill()
         self.process.wait(STOP_SECONDS)
 
+    async def serving(self) -> None:
+        """Wait until the process takes work; sessions that it adopts may hold every slot."""
+
+        async def takes_work() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, f"the service did not start:\n{self.log_text()}"
+            health = await asyncio.to_thread(self.health)
+            return health is not None and health["ready"]
+
+        await until("the service takes work", takes_work, within=START_SECONDS)
+
+    async def restart(self) -> None:
+        """kill -9, start again, and wait until it takes work."""
+        await asyncio.to_thread(self.crash)
+        self.launch()
+        await self.serving()
+
     def caller(self, tenant: str | None = None) -> Caller:
         """A caller for this tenant, or for a new one."""
         tenant = tenant or f"tenant-{secrets.token_hex(4)}"
@@ -475,7 +495,8 @@ class Service:
         return found
 
     def run_folders(self) -> list[str]:
-        return sorted(path.name for path in self.run_dir.glob("*/*"))
+        """The folders of sessions; what is kept of ended tasks is no residue."""
+        return sorted(path.name for path in self.run_dir.glob("*/*") if path.parent.suffix != ".kept")
 
     def worker_pids(self) -> list[int]:
         """Processes that were started for this service's sessions, where workers are processes."""
@@ -491,6 +512,17 @@ class Service:
         """Everything on this machine that belongs to a session of this service."""
         workers = self.worker_pids() if self.runtime == "process" else []
         return [c["Names"][0] for c in self.containers()] + self.run_folders() + [f"pid {p}" for p in workers]
+
+    def kill_a_worker(self, dice: random.Random) -> None:
+        """SIGKILL for one of the workers, if there are any."""
+        if self.engine is not None:
+            found = [c["Id"] for c in self.containers() if c["State"] == "running"]
+            if found:
+                with contextlib.suppress(APIError):
+                    self.engine.kill(dice.choice(found))
+        elif pids := self.worker_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(dice.choice(pids), signal.SIGKILL)
 
     def sweep(self) -> None:
         """Remove the workers that a service left which did not do it itself."""

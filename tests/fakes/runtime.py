@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from gpu_server.ports import (
+    Contract,
     CreatedWorker,
+    FoundWorker,
     Output,
+    OutputLost,
     RuntimeUnreachable,
     SeenWorker,
     StartRefused,
@@ -41,8 +44,9 @@ class FakeOutput:
         self._ended = False
 
     def feed(self, piece: Output) -> None:
-        self._pieces.append(piece)
-        self._news.set()
+        if not self._ended:
+            self._pieces.append(piece)
+            self._news.set()
 
     def end(self) -> None:
         self._ended = True
@@ -66,14 +70,20 @@ class FakeOutput:
 
 @dataclass(slots=True, kw_only=True)
 class FakeContainer:
-    """One worker on the machine."""
+    """One worker on the machine. `log` is all that an `exec` worker wrote, which is kept for it alone."""
 
     instance: str
     spec: WorkerSpec
     script: FakeScript
     output: FakeOutput
+    log: list[Output] = field(default_factory=list)
     started: bool = False
     exit: WorkerExit | None = None
+
+    def write(self, piece: Output) -> None:
+        self.output.feed(piece)
+        if self.spec.contract is Contract.EXEC:
+            self.log.append(piece)
 
     @property
     def running(self) -> bool:
@@ -91,7 +101,7 @@ class FakeEngine:
 
     def say(self, name: str, data: bytes, stream: Literal["stdout", "stderr"] = "stdout") -> None:
         """The worker writes."""
-        self.containers[name].output.feed(Output(stream, data))
+        self.containers[name].write(Output(stream, data))
 
     def exit(self, name: str, exit_code: int, *, oom_killed: bool = False) -> None:
         """The worker's process ends."""
@@ -111,6 +121,9 @@ class FakeEngine:
 class FakeRuntime:
     """`ContainerRuntime` over a `FakeEngine`.
 
+    It keeps what `exec` workers write. To the engine, `close` is the same as a kill of the service: nobody
+    listens any more.
+
     Switches: `unreachable` makes every method fail so; `wrong[method]` is raised by that method;
     `gates[method]` holds that method until the event is set (slow), or for ever (never).
     `calls` tells what was called, in order, as (method, worker or image).
@@ -120,6 +133,7 @@ class FakeRuntime:
 
     def __init__(self, engine: FakeEngine | None = None, instance: str = "fake") -> None:
         self.warnings: tuple[str, ...] = ()
+        self.interruptions = 0
         self.engine = engine or FakeEngine()
         self.instance = instance
         self.unreachable = False
@@ -140,6 +154,13 @@ class FakeRuntime:
     async def close(self) -> None:
         if self._listener in self.engine.listeners:
             self.engine.listeners.remove(self._listener)
+
+    async def ping(self, limit: float = 5.0) -> None:
+        try:
+            async with asyncio.timeout(limit):
+                await self._enter("ping")
+        except TimeoutError as error:
+            raise RuntimeUnreachable("the fake engine did not answer in time") from error
 
     async def require_image(self, image: str) -> None:
         await self._enter("require_image", image)
@@ -163,14 +184,33 @@ class FakeRuntime:
         container = self.engine.containers.get(name)
         if container is None or container.instance != self.instance:
             raise StartRefused("start_failed", f"there is no worker {name}")
+        if container.exit is not None:
+            raise StartRefused("start_failed", f"worker {name} ran already and has ended")
         if container.started:
             return
         container.started = True
         self.on_start(container.spec)
         for piece in container.script.output:
-            container.output.feed(piece)
+            container.write(piece)
         if container.script.exit_code is not None:
             self.engine.exit(name, container.script.exit_code)
+
+    async def reattach(self, name: str, *, from_start: bool = False) -> FoundWorker | None:
+        await self._enter("reattach", name)
+        container = self.engine.containers.get(name)
+        if container is None or container.instance != self.instance or not container.started:
+            return None
+        if from_start and container.spec.contract is not Contract.EXEC:
+            raise OutputLost(f"what worker {name} wrote is not kept")
+        container.output.close()
+        container.output = FakeOutput()
+        for piece in container.log if from_start else ():
+            container.output.feed(piece)
+        if container.exit is not None:
+            container.output.end()
+        return FoundWorker(
+            name=name, container_id=f"fake-{name}", output=container.output, exit=container.exit
+        )
 
     async def remove(self, name: str, *, grace: float) -> None:
         await self._enter("remove", name)

@@ -110,13 +110,20 @@ async def test_an_unread_task_waits_and_loses_nothing(start: Callable[..., Any])
 
 
 async def test_dropped_events_are_gone(start: Callable[..., Any]) -> None:
-    """410 where the events after N are no longer kept, also for a POST of the known id."""
+    """410 where the events after N are no longer kept, also for a POST of the known id; it says where the
+    history begins, and from there it is whole."""
     async with start(counting([]), history_bytes=2000) as client:
         whole = await client.run("t", count=500)
         async with client.events("t", after=0) as answer:
             assert answer.status == 410
+            oldest = (await answer.json())["oldest"]
         async with client.post("t") as answer:
             assert answer.status == 410
+            assert (await answer.json())["oldest"] == oldest
+        async with client.events("t", after=oldest - 2) as answer:
+            assert answer.status == 410
+        async with client.events("t", after=oldest - 1) as answer:
+            assert parse(await answer.read()) == whole[oldest - 1 :]
         async with client.events("t", after=495) as answer:
             assert parse(await answer.read()) == whole[495:]
 

@@ -94,7 +94,7 @@ async def _stream(request: web.Request, run: Run, after: int) -> web.StreamRespo
     try:
         reader = run.history.reader(after)
     except Dropped as dropped:
-        return _refusal(410, str(dropped))
+        return _refusal(410, str(dropped), oldest=dropped.oldest)
     with reader:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
@@ -123,8 +123,8 @@ def _metadata(body: bytes) -> dict[str, Any]:
     return metadata
 
 
-def _refusal(status: int, message: str) -> web.Response:
-    return web.json_response({"error": message}, status=status, dumps=dumps)
+def _refusal(status: int, message: str, **more: int) -> web.Response:
+    return web.json_response({"error": message, **more}, status=status, dumps=dumps)
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,347 @@
+"""The books on a node: what is believed of it, learnt only from the events sent and the effects seen.
+
+They share no state with the node, so the two can disagree, and then `Broken` is raised. What was decided is
+in the books also where nobody carried it out any more: another life of the service finds it in the journal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gpu_server.core import effects as fx
+from gpu_server.core import events as ev
+from gpu_server.core.errors import FailureCode
+from gpu_server.core.node import Node
+from gpu_server.core.sessions import CloseReason, RequestKey, TaskType, Workload
+from gpu_server.core.slots import SlotSpec, SlotState, Tier
+from tests.core.invariants import must
+
+STATE_OF_NOW = ("queue", "progress")  # events without a number
+
+
+@dataclass
+class SlotBook:
+    spec: SlotSpec
+    number: int | None = None
+    state: SlotState = SlotState.WASHING
+    holder: str | None = None
+    wash: int | None = None  # the wash that was ordered last, while it may still pass
+    faulty: bool = False
+
+
+@dataclass
+class TaskBook:
+    session_id: str
+    tenant: str
+    detached: bool
+    key: RequestKey | None
+    sent: bool = False
+    heard: int = 0
+    told: int = 0
+    finished: bool = False
+    forgotten: bool = False
+    readers: int = 0
+
+
+@dataclass
+class SessionBook:
+    tenant: str
+    workload: Workload
+    task_type: TaskType
+    tier: Tier
+    asked_for: bool
+    key: RequestKey | None
+    joined: int
+    joined_at: float
+    gave_up: bool = False
+    fence: int = 0
+    slot_ids: tuple[str, ...] = ()
+    leased_at: float | None = None
+    created: bool = False
+    is_ready: bool = False
+    washed: bool = False
+    closed: bool = False
+    forgotten: bool = False
+    quiet_since: float = 0.0
+    order: list[str] = field(default_factory=list)  # its unfinished tasks, as they were submitted
+    in_worker: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Wash:
+    """A wash that was ordered and is not over."""
+
+    number: int
+    session_id: str | None
+    fence: int
+    left: list[str]
+    gone: bool = False
+
+
+class Books:
+    """The books on one node. `node` is asked for its rules, and why it has ended a session, and no more."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.now = 1000.0
+        self.slots: dict[str, SlotBook] = {}
+        self.tasks: dict[str, TaskBook] = {}
+        self.sessions: dict[str, SessionBook] = {}
+        self.washes: list[Wash] = []
+        self.fence = 0
+        self.started: dict[tuple[int, Tier], int] = {}
+        self.submitted = 0
+        self.wash_count = 0
+        self.shutting_down = False
+        self.doubt = False
+        self.event: ev.Event | None = None  # what is being decided
+
+    # -- who is where
+
+    def line(self) -> list[tuple[str, SessionBook]]:
+        """Who still waits for slots, in the order of joining."""
+        return [
+            (session_id, book)
+            for session_id, book in self.sessions.items()
+            if book.leased_at is None and not book.gave_up and (book.order or book.asked_for)
+        ]
+
+    def unfinished(self) -> list[str]:
+        return [task_id for task_id, book in self.tasks.items() if not book.finished]
+
+    def takes_tasks(self) -> list[str]:
+        return [
+            session_id
+            for session_id, book in self.sessions.items()
+            if book.task_type is TaskType.SESSION and not book.washed and not book.gave_up
+        ]
+
+    def starting(self) -> list[str]:
+        return [session_id for session_id in self.serving() if not self.sessions[session_id].is_ready]
+
+    def serving(self) -> list[str]:
+        return [s for s, book in self.sessions.items() if book.leased_at is not None and not book.washed]
+
+    def at_work(self) -> list[tuple[str, str]]:
+        return [(s, task_id) for s, book in self.sessions.items() for task_id in book.in_worker]
+
+    # -- what an event that was accepted means
+
+    def book_event(self, event: ev.Event, wash: int | None) -> None:
+        match event:
+            case ev.TaskSubmitted():
+                self._book_task(event)
+            case ev.SessionRequested():
+                must(not self.shutting_down, "work was taken in the shutdown:", event)
+                self._book_session(event.session_id, event, TaskType.SESSION, asked_for=True, key=event.key)
+            case ev.SessionKillRequested():
+                must(self.sessions[event.session_id].tenant == event.tenant, "killed by another:", event)
+                self.sessions[event.session_id].gave_up = True
+            case ev.KeepaliveRequested():
+                must(self.sessions[event.session_id].tenant == event.tenant, "kept by another:", event)
+                self.sessions[event.session_id].quiet_since = self.now
+            case ev.TaskCancelRequested():
+                must(self.tasks[event.task_id].tenant == event.tenant, "cancelled by another:", event)
+            case ev.RequestWithdrawn():
+                if event.task_id is not None:
+                    self.tasks[event.task_id].key = None
+                if event.session_id is not None:
+                    self.sessions[event.session_id].key = None
+                    self.sessions[event.session_id].gave_up = True
+            case ev.RuntimeChecked():
+                self.doubt = event.doubt is not None
+            case ev.DrainOrdered() | ev.ShutdownOrdered():
+                for _, book in self.line():
+                    book.gave_up = True
+                self.shutting_down = True
+            case ev.Tick():
+                for book in self.sessions.values():
+                    book.gave_up |= self.now >= book.joined_at + self.node.rules.gpu_wait_max
+            case ev.WorkerReady():
+                book = self.sessions[event.session_id]
+                if book.leased_at is not None and not book.washed and not book.is_ready:
+                    book.is_ready, book.quiet_since = True, self.now
+            case ev.TaskEnded():
+                book = self.sessions[event.session_id]
+                if event.task_id in book.in_worker:
+                    book.in_worker.remove(event.task_id)
+                    book.quiet_since = self.now
+            case ev.ContainerGone():
+                book = self.sessions[event.session_id]
+                book.closed |= book.washed
+            case _:
+                self._book_slot_event(event, wash)
+
+    def _book_task(self, event: ev.TaskSubmitted) -> None:
+        self.submitted += 1
+        must(not self.shutting_down, "work was taken in the shutdown:", event)
+        session_id = event.session_id or event.new_session_id
+        if event.session_id is None:
+            self._book_session(session_id, event, event.task_type, asked_for=False, key=None)
+        self.tasks[event.task_id] = TaskBook(session_id, event.tenant, event.detached, event.key)
+        self.sessions[session_id].order.append(event.task_id)
+        must(self.sessions[session_id].tenant == event.tenant, "a task in another's session:", event)
+
+    def _book_session(
+        self,
+        session_id: str,
+        event: ev.TaskSubmitted | ev.SessionRequested,
+        task_type: TaskType,
+        *,
+        asked_for: bool,
+        key: RequestKey | None,
+    ) -> None:
+        self.sessions[session_id] = SessionBook(
+            tenant=event.tenant,
+            workload=event.workload,
+            task_type=task_type,
+            tier=event.tier or Tier.LOW,
+            asked_for=asked_for,
+            key=key,
+            joined=len(self.sessions),
+            joined_at=self.now,
+        )
+
+    def _book_slot_event(self, event: ev.Event, wash: int | None) -> None:
+        match event:
+            case ev.WashPassed():
+                slot = self.slots[event.certificate.slot_id]
+                fits = wash is not None and slot.wash == wash and slot.state is SlotState.WASHING
+                must(fits, "a slot was freed by a certificate of no wash that runs:", event, slot)
+                slot.state = SlotState.QUARANTINED if slot.faulty else SlotState.FREE
+                slot.wash = slot.holder = None
+            case ev.WashFailed():
+                for slot_id in event.slot_ids:
+                    slot = self.slots[slot_id]
+                    if slot.wash == wash and slot.state is SlotState.WASHING:
+                        slot.state, slot.faulty = SlotState.QUARANTINED, True
+                        slot.wash = slot.holder = None
+                if event.session_id is not None:
+                    self.sessions[event.session_id].closed = True
+            case ev.SlotChecked():
+                slot = self.slots[event.slot_id]
+                if slot.state is not SlotState.QUARANTINED:
+                    slot.faulty = event.fault is not None
+                    if slot.faulty and slot.state is SlotState.FREE:
+                        slot.state = SlotState.QUARANTINED
+            case ev.SlotWashOrdered():
+                slot = self.slots[event.slot_id]
+                must(slot.state is SlotState.QUARANTINED, "washed out of turn:", slot)
+                slot.faulty = False
+
+    # -- what an effect means
+
+    def book_effect(self, effect: fx.Effect, busy_before: set[str]) -> None:
+        """`busy_before` are the sessions that had anything to do when this was decided."""
+        match effect:
+            case fx.StartWorker():
+                self._book_lease(effect)
+            case fx.WashSlots():
+                self._book_wash(effect, busy_before)
+            case fx.SendTask():
+                self._book_sent(effect)
+            case fx.CancelTask():
+                at_work = effect.task_id in self.sessions[effect.session_id].in_worker
+                must(at_work, "a task is cancelled in a worker that does not have it:", effect)
+            case fx.AdoptWorker() | fx.ResumeTask():
+                must(False, "something is adopted that was never left alone:", effect)
+            case _:
+                self.book_news(effect)
+
+    def book_news(self, effect: fx.Effect) -> None:
+        """What somebody hears, or what is not needed any more."""
+        match effect:
+            case fx.Publish():
+                self._book_published(effect)
+            case fx.FinishTask():
+                must(self.tasks[effect.task_id].finished, "over before its task_finish:", effect)
+            case fx.ForgetTask():
+                task = self.tasks[effect.task_id]
+                must(task.finished and not task.forgotten, "forgotten too soon or twice:", effect)
+                task.forgotten = True
+            case fx.ForgetSession():
+                session = self.sessions[effect.session_id]
+                must(not session.forgotten and not session.order, "forgotten too soon or twice:", effect)
+                session.forgotten = True
+
+    def _book_lease(self, effect: fx.StartWorker) -> None:
+        session = self.sessions[effect.session_id]
+        must(session.leased_at is None and not session.washed, "a session was started twice:", effect)
+        must(not self.shutting_down, "a session was started in the shutdown:", effect)
+        must(not self.doubt, "a session was started while the runtime does not answer:", effect)
+        must(effect.fence > self.fence, "the fence did not grow:", effect, self.fence)
+        must(len(set(effect.slot_ids)) == session.workload.gpus, "not the slots asked for:", effect)
+        for slot_id in effect.slot_ids:
+            slot = self.slots[slot_id]
+            must(slot.state is SlotState.FREE, "a slot was leased that is not free:", effect, slot)
+            must(session.tier in slot.spec.tiers, "a slot of the wrong tier:", effect, slot)
+            slot.state, slot.holder = SlotState.LEASED, effect.session_id
+        need = (session.workload.gpus, session.tier)
+        in_order = self.started.get(need, -1) < session.joined
+        must(in_order, "the line was overtaken by one with the same needs:", effect, session)
+        self.started[need] = session.joined
+        session.leased_at, session.slot_ids = self.now, effect.slot_ids
+        session.fence = self.fence = effect.fence
+
+    def _book_wash(self, effect: fx.WashSlots, busy_before: set[str]) -> None:
+        for slot_id in effect.slot_ids:
+            slot = self.slots[slot_id]
+            if effect.session_id is not None:
+                must(effect.fence == self.sessions[effect.session_id].fence, "another's fence:", effect)
+                held = slot.state is SlotState.LEASED and slot.holder == effect.session_id
+                must(held, "a slot is washed after someone who did not hold it:", effect, slot)
+            else:
+                must(slot.state is not SlotState.LEASED, "a leased slot is washed:", effect, slot)
+                must(effect.fence > self.fence, "the fence did not grow:", effect, self.fence)
+        if effect.session_id is None:
+            self.fence = effect.fence
+        else:
+            session = self.sessions[effect.session_id]
+            must(not session.washed, "washed twice:", effect)
+            if isinstance(self.event, ev.DrainOrdered):
+                must(effect.session_id not in busy_before, "a drain cut work off:", effect, session)
+            if self.node.sessions[effect.session_id].close_reason is CloseReason.IDLE_TIMEOUT:
+                must(effect.session_id not in busy_before, "a session idled out at work:", effect, session)
+                quiet = self.now - session.quiet_since
+                must(quiet >= self.node.rules.idle_timeout, f"it idled out after {quiet} s:", effect)
+        self.wash_begins(effect)
+
+    def wash_begins(self, effect: fx.WashSlots) -> None:
+        self.wash_count += 1
+        self.washes.append(Wash(self.wash_count, effect.session_id, effect.fence, list(effect.slot_ids)))
+        for slot_id in effect.slot_ids:
+            self.slots[slot_id].state, self.slots[slot_id].wash = SlotState.WASHING, self.wash_count
+        if effect.session_id is not None:
+            session = self.sessions[effect.session_id]
+            held_slots = [slot for slot in self.slots.values() if slot.holder == effect.session_id]
+            must(all(s.state is SlotState.WASHING for s in held_slots), "not all are washed:", effect)
+            must(not session.order, "a session is taken down with tasks that nobody ended:", effect, session)
+            session.washed = True
+            session.in_worker.clear()
+
+    def _book_sent(self, effect: fx.SendTask) -> None:
+        session, task = self.sessions[effect.session_id], self.tasks[effect.task_id]
+        must(session.is_ready and not session.washed, "a task for a worker that is not there:", effect)
+        must(task.session_id == effect.session_id, "a task in the wrong session:", effect)
+        must(not task.sent and not task.finished, "a task was sent twice or after its end:", effect)
+        waiting = [task_id for task_id in session.order if not self.tasks[task_id].sent]
+        must(waiting[0] == effect.task_id, "a task overtook another:", effect, waiting)
+        task.sent = True
+        session.in_worker.append(effect.task_id)
+        most = session.workload.max_concurrent_tasks
+        must(len(session.in_worker) <= most, f"the worker takes {most}:", effect, session.in_worker)
+
+    def _book_published(self, effect: fx.Publish) -> None:
+        task = self.tasks[effect.task_id]
+        must(not task.finished, "an event after task_finish:", effect)
+        must((task.heard > 0) or effect.event == "connection", "the first event is not connection:", effect)
+        task.heard += 1
+        task.told += effect.event not in STATE_OF_NOW
+        if effect.event == "task_finish":
+            code = effect.data.get("error", {}).get("code")
+            needless = task.detached and code == FailureCode.CLIENT_GONE
+            must(not needless, "a task that needs no reader is missed one:", effect)
+            task.finished = True
+            session = self.sessions[task.session_id]
+            session.order.remove(effect.task_id)
+            session.quiet_since = self.now

@@ -1,0 +1,60 @@
+"""Hunting planted faults: a node that is wrong in one way is driven through histories until it is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from gpu_server.core.node import Node
+from gpu_server.core.rows import RowsUnusable
+from gpu_server.core.sessions import Rules
+from gpu_server.core.slots import Slots
+from tests.core.invariants import Broken
+from tests.core.machine import NodeMachine
+
+HISTORIES = settings(
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+HUNT = settings(
+    HISTORIES,
+    max_examples=3000,
+    derandomize=True,
+    phases=[Phase.generate],  # the first history that shows the fault is enough
+    report_multiple_bugs=False,
+)
+
+CAUGHT = (Broken, RowsUnusable)
+
+MakeNode = Callable[[Rules], Node]
+
+
+def hunt(make_node: MakeNode, *, inspect: bool = False, cut: bool = False) -> None:
+    """Drive nodes of this make until one is caught."""
+    members = {"make_node": staticmethod(make_node), "inspect": inspect, "cut": cut}
+    run_state_machine_as_test(type("Planted", (NodeMachine,), members), settings=HUNT)
+
+
+def with_slots(slots: type[Slots]) -> MakeNode:
+    """Nodes with slots of this kind."""
+
+    def make(rules: Rules) -> Node:
+        node = Node(rules)
+        node.slots = slots()
+        return node
+
+    return make
+
+
+def names(faults: list[tuple[MakeNode, str]]) -> list[str]:
+    """What these faults are called in the report."""
+    found = []
+    for make_node, _ in faults:
+        cells = getattr(make_node, "__closure__", None)
+        found.append(str((cells[0].cell_contents if cells else make_node).__name__))
+    return found

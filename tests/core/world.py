@@ -1,0 +1,371 @@
+"""Everything around a node: it carries out what the node decides, and says what became of it.
+
+`World` starts workers (or never does), runs tasks, washes slots, loses things, comes late and says things
+twice. After each decision it compares the node with its books, and with what is really there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from gpu_server.core import effects as fx
+from gpu_server.core import events as ev
+from gpu_server.core.admission import known_request
+from gpu_server.core.errors import CertificateRejected, Refusal
+from gpu_server.core.node import Node
+from gpu_server.core.rows import Table, without_fingerprints
+from gpu_server.core.sessions import RequestKey, Rules
+from gpu_server.core.slots import Certificate, SlotSpec, SlotState
+from tests.core.books import Books, SessionBook, SlotBook, TaskBook, Wash
+from tests.core.invariants import check, must, snapshot
+from tests.core.journal import Journal, check_cut
+from tests.core.next_life import (
+    Death,
+    by_session,
+    check_deadlines,
+    devices_after,
+    must_follow,
+    turn_the_page,
+)
+
+
+class Reality:
+    """What is there, whoever knows of it: containers on devices, and the tasks that they were given."""
+
+    def __init__(self) -> None:
+        self.containers: dict[str, set[str]] = {}
+        self.attended: set[str] = set()  # sessions whose container this life of the service looks after
+        self.given: set[str] = set()
+
+    def carry_out(self, effects: Iterable[fx.Effect], slots: Mapping[str, SlotBook]) -> None:
+        for effect in effects:
+            match effect:
+                case fx.StartWorker(session_id=session_id) | fx.AdoptWorker(session_id=session_id):
+                    self.attended.add(session_id)
+                    ready = isinstance(effect, fx.AdoptWorker) and effect.ready
+                    must(not ready or session_id in self.containers, "there is no such worker:", effect)
+                    if session_id not in self.containers:
+                        self._bring_up(session_id, {slots[slot_id].spec.uuid for slot_id in effect.slot_ids})
+                case fx.SendTask():
+                    must(effect.task_id not in self.given, "a task runs twice:", effect)
+                    self.given.add(effect.task_id)
+                case fx.ResumeTask():
+                    must(effect.session_id in self.containers, "there is no such worker:", effect)
+                    self.given.add(effect.task_id)
+
+    def _bring_up(self, session_id: str, devices: set[str]) -> None:
+        for other, theirs in self.containers.items():
+            must(not devices & theirs, "two containers have one device:", session_id, other, devices)
+        self.containers[session_id] = devices
+
+    def take_down(self, session_id: str) -> None:
+        self.containers.pop(session_id, None)
+        self.attended.discard(session_id)
+
+    def take_down_the_rest(self) -> None:
+        """As every wash does that is not a session's own: what nobody looks after is removed."""
+        self.containers = {name: on for name, on in self.containers.items() if name in self.attended}
+
+
+class World(Books):
+    """The surroundings of one node, its journal, and the books on it.
+
+    `inspect` looks into the node's state, `cut` compares it with what its journal holds, after each step.
+    """
+
+    def __init__(
+        self,
+        make_node: Callable[[Rules], Node],
+        rules: Rules,
+        specs: Sequence[SlotSpec],
+        *,
+        inspect: bool,
+        cut: bool = False,
+    ) -> None:
+        super().__init__(make_node(rules))
+        self.make_node, self.inspect, self.cut = make_node, inspect, cut
+        self.journal = Journal()
+        self.reality = Reality()
+        self.past: list[tuple[ev.Event, int | None]] = []
+        self.doom: Death | None = None  # when the next decision is written, nothing of it is carried out
+        self.deaths = 0
+        self.broken = False
+        self.begin(specs, rebooted=False)
+
+    # -- one step
+
+    def send(self, event: ev.Event, wash: int | None = None) -> bool:
+        """Let something happen, and compare the node's answer with the books. False: it was refused, or
+        nobody was left to answer."""
+        try:
+            return self._send(event, wash)
+        except Exception:
+            self.broken = True
+            raise
+
+    def _send(self, event: ev.Event, wash: int | None) -> bool:
+        may_be_refused = isinstance(event, ev.Request | ev.WashPassed)
+        before = snapshot(self.node) if may_be_refused else ""
+        self.event = event
+        try:
+            effects = self.node.handle(event, self.now)
+        except Refusal:
+            self._check_untouched(event, before)
+            return False
+        except CertificateRejected:
+            self._check_untouched(event, before)
+            assert isinstance(event, ev.WashPassed)
+            slot = self.slots.get(event.certificate.slot_id)
+            must(wash is None or slot is None or wash != slot.wash, "a good certificate was rejected:", event)
+            return False
+        self._write(event)
+        busy_before = {s for s, book in self.sessions.items() if book.order or book.in_worker}
+        self.book_event(event, wash)
+        for effect in effects:
+            self.book_effect(effect, busy_before)
+        self._compare(event, [effect for effect in effects if isinstance(effect, fx.StartWorker)])
+        if self.doom is not None:
+            death, self.doom = self.doom, None
+            self._die(death)
+            return False
+        self.reality.carry_out(effects, self.slots)
+        return True
+
+    def _check_untouched(self, event: ev.Event, before: str) -> None:
+        must(snapshot(self.node) == before, "a refused request or certificate changed something:", event)
+        must(not self.node.take_changes(), "a refused request or certificate touched a row:", event)
+
+    def _write(self, event: ev.Event) -> None:
+        changes = self.node.take_changes()
+        self.journal.write(changes)
+        tables = {change.table for change in changes}
+        if isinstance(event, ev.ReaderCame | ev.ReaderLeft):
+            must(not tables, "a reader changed a row:", event, changes)
+        if isinstance(event, ev.StageReached):
+            must(tables <= {Table.TASKS}, "progress changed more than what was told:", event, changes)
+        if self.cut:
+            check_cut(self.node, self.journal, self.make_node)
+
+    # -- lives of the service
+
+    def die(self, death: Death) -> None:
+        """The service is killed between two decisions, and begins again."""
+        try:
+            self._die(death)
+        except Exception:
+            self.broken = True
+            raise
+
+    def _die(self, death: Death) -> None:
+        self.deaths += 1
+        self.now += death.pause
+        specs = [slot.spec for slot in self.slots.values()]
+        specs = devices_after(specs, death, fresh=f"n{self.deaths}")
+        self._restore(rebooted=death.rebooted)
+        self.begin(specs, rebooted=death.rebooted, carried_out=not death.again)
+        if death.again:
+            self._restore(rebooted=False)
+            self.begin(specs, rebooted=False)
+
+    def _restore(self, *, rebooted: bool) -> None:
+        if self.inspect:
+            check_cut(self.node, self.journal, self.make_node)
+        if rebooted:  # what the fingerprints were made with is gone
+            self.journal.replace(without_fingerprints(self.journal.rows()))
+            for book in (*self.tasks.values(), *self.sessions.values()):
+                book.key = book.key and RequestKey(name=book.key.name, fingerprint="")
+            self.reality.containers.clear()
+        self.reality.attended.clear()
+        self.past.clear()
+        self.node = self.make_node(self.node.rules)
+        self.node.restore(self.journal.rows())
+
+    def begin(self, specs: Sequence[SlotSpec], *, rebooted: bool, carried_out: bool = True) -> None:
+        """A life of the service begins, the first one or another: what was left is taken up."""
+        event = ev.NodeStarted(slots=tuple(specs), rebooted=rebooted)
+        follows, deadlines = must_follow(self, specs, rebooted=rebooted), dict(self.node._timers._when)
+        effects = self.node.handle(event, self.now)
+        done = by_session(effects)
+        must(done == follows, "this does not follow from what was left:", done, "should be", follows)
+        self._write(event)
+        turn_the_page(self, specs, rebooted=rebooted)
+        for effect in effects:
+            self.book_news(effect)
+        for effect in effects:
+            if isinstance(effect, fx.WashSlots):
+                self.wash_begins(effect)
+        self._compare(event, [])
+        if self.inspect:
+            check_deadlines(self.node, deadlines, self.now)
+        if carried_out:
+            self.reality.carry_out(effects, self.slots)
+
+    # -- books against node
+
+    def _compare(self, event: ev.Event, leases: list[fx.StartWorker]) -> None:
+        if self.inspect:
+            check(self.node)
+        self._compare_slots(event)
+        unfinished = {task_id for task_id, task in self.tasks.items() if not task.finished}
+        kept = {task_id for task_id, task in self.node.tasks.items() if not task.ended}
+        must(unfinished == kept, "tasks without an end are not the tasks at work:", unfinished ^ kept, event)
+        finished = sum(task.finished for task in self.tasks.values())
+        must(self.submitted == len(unfinished) + finished, "the totals are not conserved:", event)
+        if isinstance(event, ev.TaskSubmitted):
+            must(self.tasks[event.task_id].heard > 0, "an admitted task heard nothing:", event)
+        for lease in leases:
+            self._check_nobody_was_overtaken(lease)
+        self._check_nothing_lags()
+        if isinstance(event, ev.Tick):
+            for session_id in self.serving():
+                session = self.sessions[session_id]
+                if not session.in_worker and session.leased_at is not None:
+                    over = self.now >= session.leased_at + self.node.rules.max_lifetime
+                    must(not over, "a session outlives its lifetime:", session_id, session)
+        for task_id, task in self.node.tasks.items():
+            told = self.tasks[task_id].told
+            must(task.told == told, f"{task_id} was told {told} events, and {task.told} are counted:", event)
+
+    def _compare_slots(self, event: ev.Event) -> None:
+        there = {slot.spec.id: slot for slot in self.node.slots}
+        must(there.keys() == self.slots.keys(), "other slots than there are:", event, set(there))
+        for slot_id, slot in self.slots.items():
+            seen = there[slot_id]
+            must(seen.spec == slot.spec, "not the device that is there:", seen, slot)
+            as_believed = seen.state is slot.state
+            must(as_believed, f"slot {slot_id} is {seen.state}, the books say {slot.state}:", event)
+            slot.number = seen.number if slot.number is None else slot.number
+            must(seen.number == slot.number, "a slot's number has changed:", seen, slot)
+
+    def _check_nobody_was_overtaken(self, lease: fx.StartWorker) -> None:
+        """Whoever joined earlier and still waits could not have used any of these slots."""
+        joined = self.sessions[lease.session_id].joined
+        for session_id, book in self.line():
+            if book.joined < joined:
+                useful = [s for s in lease.slot_ids if book.tier in self.slots[s].spec.tiers]
+                must(not useful, "slots were taken from one who waits for them:", lease, session_id)
+
+    def _check_nothing_lags(self) -> None:
+        """The first of the line has no choice of slots, and tasks wait only for a worker that is full."""
+        for session_id, book in [] if self.doubt else self.line()[:1]:
+            free = [s for s in self.slots.values() if s.state is SlotState.FREE and book.tier in s.spec.tiers]
+            must(len(free) < book.workload.gpus, "the first of the line could start:", session_id, free)
+        for session_id in self.serving():
+            book = self.sessions[session_id]
+            if book.is_ready and len(book.in_worker) < book.workload.max_concurrent_tasks:
+                waiting = [task_id for task_id in book.order if not self.tasks[task_id].sent]
+                must(not waiting, "tasks wait while the worker has room:", session_id, waiting)
+            if self.shutting_down:
+                at_work = bool(book.order or book.in_worker)
+                must(at_work, "a session lives through the shutdown without work:", session_id)
+
+    def knows(self, table: Table, tenant: str, key: RequestKey) -> bool:
+        """Whether a request with this key is answered with what it made before, or refused."""
+        books: Mapping[str, TaskBook | SessionBook] = self.tasks if table is Table.TASKS else self.sessions
+        mine = [
+            (name, book.key)
+            for name, book in books.items()
+            if book.tenant == tenant and not book.forgotten and book.key and book.key.name == key.name
+        ]
+        keys, entities = self.node.session_keys, self.node.sessions
+        if table is Table.TASKS:
+            keys, entities = self.node.task_keys, self.node.tasks  # type: ignore[assignment]
+        try:
+            found = known_request(keys, entities, tenant, key)
+        except Refusal:
+            conflict = bool(mine) and mine[0][1].fingerprint not in ("", key.fingerprint)
+            must(conflict, "a key was refused that came with the same:", key, mine)
+            return True
+        must(found == (mine[0][0] if mine else None), "a key stands for something else:", key, found, mine)
+        if mine:
+            same = mine[0][1].fingerprint in ("", key.fingerprint)
+            must(same, "a key stands for another request:", key, mine)
+        return found is not None
+
+    # -- what the world does
+
+    def fact(self, event: ev.Event, wash: int | None = None) -> bool:
+        """A fact, kept so that it can be told again, too late."""
+        self.past = [*self.past[-30:], (event, wash)]
+        return self.send(event, wash)
+
+    def read(self, task_id: str) -> None:
+        self.tasks[task_id].readers += 1
+        self.send(ev.ReaderCame(task_id=task_id))
+
+    def certificate(self, wash: Wash, slot_id: str) -> Certificate:
+        uuid = self.slots[slot_id].spec.uuid
+        return Certificate(kind="teardown", slot_id=slot_id, slot_uuid=uuid, fence=wash.fence)
+
+    def container_gone(self, wash: Wash) -> None:
+        """What the wash must remove is gone. A wash of an earlier life does nothing any more."""
+        if wash.gone or wash not in self.washes:
+            return
+        wash.gone = True
+        if wash.session_id is None:
+            self.reality.take_down_the_rest()
+        else:
+            self.reality.take_down(wash.session_id)
+            self.fact(ev.ContainerGone(session_id=wash.session_id))
+
+    def wash_passes(self, wash: Wash, slot_id: str) -> None:
+        if wash in self.washes and slot_id in wash.left:
+            wash.left.remove(slot_id)
+            self.fact(ev.WashPassed(certificate=self.certificate(wash, slot_id)), wash.number)
+            self.forget_finished_washes()
+
+    def wash_fails(self, wash: Wash, slot_ids: list[str]) -> None:
+        if wash not in self.washes:
+            return
+        wash.left = [slot_id for slot_id in wash.left if slot_id not in slot_ids]
+        if not wash.gone:  # whoever looked after it has given up
+            self.reality.attended.discard(wash.session_id or "")
+        event = ev.WashFailed(
+            session_id=wash.session_id, slot_ids=tuple(slot_ids), fence=wash.fence, reason="memory is in use"
+        )
+        self.fact(event, wash.number)
+        self.forget_finished_washes()
+
+    def wash_to_the_end(self, wash: Wash) -> None:
+        self.container_gone(wash)
+        for slot_id in list(wash.left):
+            self.wash_passes(wash, slot_id)
+        self.forget_finished_washes()
+
+    def forget_finished_washes(self) -> None:
+        self.washes = [wash for wash in self.washes if wash.left or not wash.gone]
+
+    def finish(self) -> None:
+        """Let the world come to rest: what was lost stays lost, washes pass, and every deadline passes."""
+        self.doom = None
+        self.send(ev.RuntimeChecked(doubt=None))
+        for _ in range(2000):
+            for wash in list(self.washes):
+                self.wash_to_the_end(wash)
+            for slot_id, slot in self.slots.items():
+                if slot.state is SlotState.QUARANTINED:
+                    self.send(ev.SlotWashOrdered(slot_id=slot_id))
+                elif slot.faulty:
+                    self.send(ev.SlotChecked(slot_id=slot_id, fault=None))
+            due = self.node.next_deadline()
+            if due is None and not self.washes:
+                break
+            if due is not None:
+                self.now = max(self.now, due)
+                self.send(ev.Tick())
+        self._must_be_at_rest()
+
+    def _must_be_at_rest(self) -> None:
+        must(not list(self.node.live_sessions()), "sessions live for ever:", self.node.sessions)
+        for task_id, task in self.tasks.items():
+            must(task.finished, "a task never heard its task_finish:", task_id, task)
+            must(task.forgotten, "a task is kept for ever:", task_id)
+        must(
+            not self.node.sessions and not self.node.tasks, "something is kept for ever:", self.node.sessions
+        )
+        must(not self.node.task_keys and not self.node.session_keys, "keys are kept for ever:")
+        rows = self.journal.rows()
+        must(not rows[Table.SESSIONS] and not rows[Table.TASKS], "rows are kept for ever:", rows)
+        must(not self.reality.containers, "containers are left over:", self.reality.containers)
+        for slot in self.node.slots:
+            must(slot.state is SlotState.FREE, "a slot did not come back:", slot)
