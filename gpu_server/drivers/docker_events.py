@@ -47,7 +47,11 @@ class ExitListener:
         heard: Callable[[str, WorkerExit], None],
     ) -> None:
         self._connect = connect
-        self._instance = instance
+        self._wanted: Final[dict[str, Any]] = {
+            "type": "container",
+            "label": f"{LABEL_INSTANCE}={instance}",
+            "event": ["start", "oom", "die"],  # `start` as a witness only
+        }
         self._heard = heard
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -60,6 +64,7 @@ class ExitListener:
         self._pause = _FIRST_PAUSE
         self.interruptions = 0
         self._connected = False
+        self._witness: tuple[object, ...] | None = None
         self._thread = threading.Thread(target=self._run, name="docker-events", daemon=True)
 
     def start(self) -> None:
@@ -82,28 +87,22 @@ class ExitListener:
             except Exception:  # half an event, or an odd one; deaf is what this must never be
                 log.exception("docker.events_failed")
             if not self._connected:
-                self.interruptions += 1  # the engine is away; a stream that only broke loses no output
+                self.interruptions += 1  # the engine is away
             self._closing.wait(self._pause)
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
     def _listen(self) -> None:
-        self._connected = False
+        again, self._connected = self._connected, False
         client = self._connect()
         stream: CancellableStream[dict[str, Any]] | None = None
         try:
-            stream = client.events(
-                since=self._since,
-                filters={
-                    "type": "container",
-                    "label": f"{LABEL_INSTANCE}={self._instance}",
-                    "event": ["oom", "die"],
-                },
-                decode=True,
-            )
+            stream = client.events(since=self._since, filters=self._wanted, decode=True)
             with self._lock:
                 if self._closing.is_set():
                     return
                 self._stream = stream
+            if again and not self._is_the_same_engine(client):
+                self.interruptions += 1  # it was away for less than our pause
             self._pause = _FIRST_PAUSE
             self._connected = True
             self._tell_missed(client)
@@ -116,10 +115,20 @@ class ExitListener:
                     _cut(stream)
             client.close()
 
+    def _is_the_same_engine(self, client: APIClient) -> bool:
+        """Whether the stream only broke, which loses no output: an engine keeps its last events in memory, so
+        one that has the last we saw has lived since then. One that has not may be new."""
+        if self._witness is None:
+            return False
+        past = client.events(
+            since=self._since, until=self._since + 1, filters=self._wanted, decode=True
+        )  # ends by itself
+        return any(_identity(event) == self._witness for event in past)
+
     def _tell_missed(self, client: APIClient) -> None:
         found = client.containers(
             all=True,
-            filters={"label": f"{LABEL_INSTANCE}={self._instance}", "status": ["exited", "dead"]},
+            filters={"label": self._wanted["label"], "status": ["exited", "dead"]},
         )
         for container in found:
             container_id = str(container["Id"])
@@ -134,6 +143,7 @@ class ExitListener:
 
     def _take(self, client: APIClient, event: Mapping[str, Any]) -> None:
         self._since = int(event.get("time") or self._since)
+        self._witness = _identity(event)
         actor = event["Actor"]
         container_id, attributes = str(actor["ID"]), actor["Attributes"]
         if event["Action"] == "oom":
@@ -167,6 +177,10 @@ def exit_of(inspect: Mapping[str, Any]) -> WorkerExit | None:
         exit_code=int(state["ExitCode"]),
         oom_killed=bool(state["OOMKilled"]),
     )
+
+
+def _identity(event: Mapping[str, Any]) -> tuple[object, ...]:
+    return event.get("timeNano"), event["Action"], event["Actor"]["ID"]
 
 
 def _remember(ids: OrderedDict[str, None], container_id: str) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from docker.errors import NotFound
 
 from gpu_server.drivers.docker_events import ExitListener
@@ -36,9 +37,14 @@ class Engine:
         self.exited: dict[str, dict[str, Any]] = {}
         self.streams: queue.SimpleQueue[Stream] = queue.SimpleQueue()
         self.since: list[int] = []
+        self.past: list[dict[str, Any]] = []
 
-    def events(self, *, since: int, filters: dict[str, Any], decode: bool) -> Stream:
+    def events(
+        self, *, since: int, filters: dict[str, Any], decode: bool, until: int | None = None
+    ) -> Stream | list[dict[str, Any]]:
         assert filters["label"] == "gpu-server.instance=i"
+        if until is not None:
+            return [event for event in self.past if since <= event["time"] <= until]
         self.since.append(since)
         stream = Stream()
         self.streams.put(stream)
@@ -116,6 +122,24 @@ def test_each_exit_is_told_once_by_whichever_way_it_comes() -> None:
         second.events.put(event("die", "last", at=600, exitCode="1"))
         assert ears.next() == ("last", 1, False)
         assert ears.heard.empty()
+
+
+@pytest.mark.parametrize(("past", "interruptions"), [("kept", 0), ("of another", 1), ("none", 1)])
+def test_an_engine_that_was_away_for_a_moment_is_told_from_a_broken_stream(
+    past: str, interruptions: int
+) -> None:
+    """An engine that was restarted between two connections has forgotten the events of its life before."""
+    engine = Engine()
+    with Ears(engine) as ears:
+        first = engine.streams.get(timeout=30)
+        started = event("start", "a", at=500) | {"timeNano": 500_000_000_001}
+        first.events.put(started)
+        engine.past = {"kept": [started], "of another": [event("start", "b", at=500)], "none": []}[past]
+        engine.exited["a"] = inspect("w-a", 0)
+        first.close()
+        engine.streams.get(timeout=30)
+        assert ears.next() == ("a", 0, False)
+        assert ears.listener.interruptions == interruptions
 
 
 def test_the_memory_limit_is_known_by_event_or_by_looking() -> None:
