@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from gpu_server import __version__
-from gpu_server.api import health, problems, sessions, slots, tasks
+from gpu_server.api import health, openai, openai_errors, problems, sessions, slots, tasks
 from gpu_server.core import events as ev
 from gpu_server.http_protocol import BoundedHeadProtocol
 from gpu_server.service import Service, open_service
@@ -33,7 +33,8 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="gpu-server", version=__version__)
     app.state.service = service
     problems.install(app)
-    for module in (tasks, sessions, slots, health):
+    openai_errors.install(app)
+    for module in (tasks, sessions, openai, slots, health):
         app.include_router(module.router)
     return app
 

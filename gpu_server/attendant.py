@@ -18,7 +18,6 @@ import structlog
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.sessions import CloseReason, TaskState
-from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.drivers.run_folder import ConnectPath, RunFolders
 from gpu_server.drivers.worker_link import LinkBroken, TaskRefused, WorkerLink
 from gpu_server.exec_output import ExecOutput, count_by_stream
@@ -41,10 +40,10 @@ from gpu_server.relay import relay_exec, relay_http
 from gpu_server.stream import Stream
 
 LOG_TAIL_BYTES = 64 * 1024
+MODEL_NEWS_SECONDS = 0.5
 FIRST_POLL_SECONDS = 0.01
 LOADING_POLL_SECONDS = 0.1
 CANCEL_RETRY_SECONDS = 0.1
-MODEL_LOOKUP_SECONDS = 30.0
 ADOPTION_SECONDS = 30.0
 REATTACH_PAUSE_SECONDS = 1.0
 UNREACHABLE_TRIES = 60
@@ -79,9 +78,11 @@ class Attendant:
         self._link: WorkerLink | None = None
         self._start: asyncio.Task[None] | None = None
         self._creating: asyncio.Task[None] | None = None
+        self._hydration: asyncio.Task[None] | None = None
         self._output: asyncio.Task[None] | None = None
         self._relays: dict[str, asyncio.Task[None]] = {}
         self._tail = bytearray()
+        self._told_model = 0.0
         self._interruptions = self._started_at = 0
         self._started = False
         self._ready = False
@@ -173,11 +174,9 @@ class Attendant:
         plan, session_id = self.plan, self.plan.session_id
         launch = plan.launch()
         self._stage("model")
-        try:
-            model = await call_in_thread(launch.find_model, limit=MODEL_LOOKUP_SECONDS, name="find-model")
-        except TimeoutError:
-            message = f"the model store did not answer within {MODEL_LOOKUP_SECONDS:g} s"
-            raise StartRefused(FailureCode.MODEL_MISSING, message) from None
+        model = await launch.prepare_model(self._tell_model)
+        if model is not None and self._hydration is None:
+            self._hydration = self._spawn("hydration", launch.hydrate(model))
         self._stage("image")
         await self._runtime.require_image(launch.image)
         self._stage("container")
@@ -195,6 +194,8 @@ class Attendant:
 
     def _is_ready(self) -> None:
         self._ready = True
+        if self._hydration is not None:
+            self._hydration.cancel()  # what the worker has not read by now it does not need
         self._attached.set()
         self._host.report(ev.WorkerReady(session_id=self.plan.session_id))
 
@@ -321,6 +322,13 @@ class Attendant:
         self._host.report(
             ev.StageReached(session_id=self.plan.session_id, stage=stage, done=done, total=total)
         )
+
+    def _tell_model(self, done: int, total: int | None) -> None:
+        """Not more often than people look: each time is a decision."""
+        now = asyncio.get_running_loop().time()
+        if done == total or now - self._told_model >= MODEL_NEWS_SECONDS:
+            self._told_model = now
+            self._stage("model", done, total)
 
     # -- tasks ----------------------------------------------------------------------------------------------
 

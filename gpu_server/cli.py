@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from gpu_server import __version__, log, presets
+from gpu_server import __version__, cli_models, log, presets
 from gpu_server.client import Client, Refused, TaskEvent
 from gpu_server.settings import Settings
 
@@ -30,6 +30,7 @@ app.add_typer(sessions_app, name="sessions")
 app.add_typer(presets_app, name="presets")
 slots_app = typer.Typer(no_args_is_help=True, help="Look at slots, and wash quarantined ones (operator).")
 app.add_typer(slots_app, name="slots")
+app.add_typer(cli_models.app, name="models")
 
 out = Console(highlight=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)

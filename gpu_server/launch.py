@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpu_server.core.errors import FailureCode, Refusal
 from gpu_server.core.sessions import Session
@@ -15,16 +16,19 @@ from gpu_server.ports import Contract, ModelStore, RunFolder, StartRefused, Work
 from gpu_server.presets import Preset
 
 FindPreset = Callable[[str, str], Preset]
+Tell = Callable[[int, int | None], None]
+"""Hears how many bytes of how many are done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How to bring up a worker that is not there. `find_model` may block for long, on a network file system:
-    it gets a thread. `spec` is asked for when the run folder exists."""
+    """How to bring up a worker that is not there. `prepare_model` may take long, and gives None for a worker
+    without weights; `hydrate` is for meanwhile. `spec` is asked for when the run folder exists."""
 
     image: str
     task_input: bytes | None
-    find_model: Callable[[], Path | None]
+    prepare_model: Callable[[Tell], Awaitable[Path | None]]
+    hydrate: Callable[[Path], Coroutine[Any, Any, None]]
     spec: Callable[[RunFolder, Path | None], WorkerSpec]
 
 
@@ -41,11 +45,20 @@ class Plan:
 
 class Launcher:
     """Makes plans. `find_preset` raises `Refusal` for a preset that is not there; `uid_base` is the uid of
-    the workers in the first slot."""
+    the workers in the first slot; `gpu_memory_utilization` what share of a GPU's memory they may take."""
 
-    def __init__(self, *, find_preset: FindPreset, models: ModelStore, inputs: Inputs, uid_base: int) -> None:
+    def __init__(
+        self,
+        *,
+        find_preset: FindPreset,
+        models: ModelStore,
+        inputs: Inputs,
+        uid_base: int,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
         self.find_preset = find_preset
         self._models, self._inputs, self._uid_base = models, inputs, uid_base
+        self._gpu_memory_utilization = gpu_memory_utilization
 
     def plan(self, session: Session, slots: Sequence[Slot]) -> Plan:
         """The plan for a session that holds these slots."""
@@ -76,7 +89,8 @@ class Launcher:
         return Launch(
             image=preset.docker_image,
             task_input=self._task_input(task_id) if task_id is not None else None,
-            find_model=lambda: self._find_model(preset, workload.model_id),
+            prepare_model=lambda tell: self._prepare_model(preset, workload.model_id, tell),
+            hydrate=self._models.hydrate,
             spec=lambda folder, model_path: WorkerSpec(
                 name=name,
                 session_id=session.id,
@@ -88,9 +102,12 @@ class Launcher:
                 command=tuple(preset.command) if preset.command else None,
                 process_command=tuple(preset.process_command) if preset.process_command else None,
                 env={
+                    "GPU_MEMORY_UTILIZATION": f"{self._gpu_memory_utilization:g}",
                     **preset.env_vars,
                     "MODEL_ID": workload.model_id,
                     "TASK_PRESET": workload.task_preset,
+                    "MAX_CONCURRENT_TASKS": str(workload.max_concurrent_tasks),
+                    "GPU_COUNT": str(len(gpus)),
                 },
                 gpu_uuids=gpus,
                 uid=uid,
@@ -106,13 +123,5 @@ class Launcher:
             raise StartRefused(FailureCode.SERVICE_RESTARTED, "the task's input was lost with the service")
         return body
 
-    def _find_model(self, preset: Preset, model_id: str) -> Path | None:
-        if preset.model == "none":
-            return None
-        try:
-            found = self._models.find(model_id)
-        except ValueError:  # an id that cannot be a folder's name, such as name:tag
-            found = None
-        if found is None:
-            raise StartRefused(FailureCode.MODEL_MISSING, f"model {model_id} is not in the model store")
-        return found
+    async def _prepare_model(self, preset: Preset, model_id: str, tell: Tell) -> Path | None:
+        return None if preset.model == "none" else await self._models.prepare(model_id, tell)

@@ -31,5 +31,7 @@ def configure(level: str) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(stream=sys.stderr, level=number, format="%(levelname)s %(name)s %(message)s")
-    for noisy in ("urllib3", "docker", "asyncio", "sse_starlette", "aiohttp"):
+    # boto's tell of every request, with its signature.
+    boto = ("boto3", "botocore", "s3transfer")
+    for noisy in ("urllib3", "docker", "asyncio", "sse_starlette", "aiohttp", *boto):
         logging.getLogger(noisy).setLevel(max(number, logging.WARNING))

@@ -253,12 +253,17 @@ class InventoryError(Exception):
 class ModelStore(Protocol):
     """Model folders on this machine."""
 
-    def find(self, model_id: str) -> Path | None:
-        """The folder of a model, inside the store for certain, or None. Raises ValueError for an id that
-        would leave the store."""
-
     def names(self) -> tuple[str, ...]:
         """The ids of the models that are there."""
+
+    async def prepare(self, model_id: str, tell: Callable[[int, int | None], None]) -> Path:
+        """The real folder of a model, inside the store for certain, and as its manifest says. One that is not
+        there is fetched first, where that is allowed, once for all who wait for it; `tell` hears of bytes
+        done and in all. Raises `StartRefused`."""
+
+    async def hydrate(self, folder: Path) -> None:
+        """Read a model's files ahead, so that its loader finds them in the page cache. Best effort: raises
+        nothing, and may be cancelled at any time."""
 
 
 class Clock(Protocol):

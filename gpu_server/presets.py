@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.sessions import Workload
@@ -77,11 +85,17 @@ class Preset(BaseModel):
     tmp_size: Size = 256 << 20
     tmp_exec: bool = False
     shm_size: Size = 64 << 20
+    openai: bool = False
+    """Whether the OpenAI routes serve the model with this preset: its worker generates text."""
 
     @model_validator(mode="after")
     def _one_task_in_exec(self) -> Preset:
         if self.contract == "exec" and self.max_concurrent_tasks != 1:
             raise ValueError("an exec preset runs one task: max_concurrent_tasks must be 1")
+        if self.contract == "exec" and self.openai:
+            raise ValueError(
+                "the OpenAI routes need sessions, which an exec preset has not: openai must be false"
+            )
         return self
 
     def workload(self, model_id: str, task_preset: str) -> Workload:
@@ -111,18 +125,32 @@ class Preset(BaseModel):
         )
 
 
+_OfOneModel = dict[Annotated[str, Field(pattern=_NAME)], Preset]
+
+
+def _one_openai(presets: _OfOneModel) -> _OfOneModel:
+    """A request of the OpenAI routes names a model and no preset, so there can be no choice."""
+    if len(named := [name for name, preset in presets.items() if preset.openai]) > 1:
+        raise ValueError(f"only one preset of a model may have openai: true; {', '.join(named)} have it")
+    return presets
+
+
 class PresetsFile(BaseModel):
     """The whole file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: dict[Annotated[str, Field(pattern=_MODEL_ID)], dict[Annotated[str, Field(pattern=_NAME)], Preset]]
+    models: dict[
+        Annotated[str, Field(pattern=_MODEL_ID)], Annotated[_OfOneModel, AfterValidator(_one_openai)]
+    ]
 
 
 class Presets:
-    """The presets in use, and the images that may be started."""
+    """The presets in use, and the images that may be started. `changed_at` is when their file was last
+    changed, in seconds since 1970."""
 
-    def __init__(self, file: PresetsFile, allowed_images: tuple[str, ...]) -> None:
+    def __init__(self, file: PresetsFile, allowed_images: tuple[str, ...], changed_at: int = 0) -> None:
+        self.changed_at = changed_at
         self._models = file.models
         self._allowed = allowed_images
 
@@ -150,6 +178,17 @@ class Presets:
             )
         return preset
 
+    def openai_preset(self, model_id: str) -> str | None:
+        """The name of the preset that serves the OpenAI routes for this model; None where there is none."""
+        presets = self._models.get(model_id, {})
+        return next((name for name, preset in presets.items() if preset.openai), None)
+
+    def openai_models(self) -> list[str]:
+        """The models that the OpenAI routes serve, but those whose image may not be started."""
+        return [
+            model_id for model_id, _, preset in self if preset.openai and self.allows(preset.docker_image)
+        ]
+
     def allows(self, image: str) -> bool:
         """Whether ALLOWED_DOCKER_IMAGES names this image, literally or by a shell pattern."""
         return any(fnmatchcase(image, pattern) for pattern in self._allowed)
@@ -158,7 +197,7 @@ class Presets:
 def load(path: Path, allowed_images: tuple[str, ...]) -> Presets:
     """Read and check a presets file. Raises `PresetsError` with every mistake found."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text, changed_at = path.read_text(encoding="utf-8"), int(path.stat().st_mtime)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -178,7 +217,7 @@ def load(path: Path, allowed_images: tuple[str, ...]) -> Presets:
         file = PresetsFile.model_validate(content)
     except ValidationError as error:
         raise PresetsError([_problem(path, tree, detail) for detail in error.errors()]) from error
-    return Presets(file, allowed_images)
+    return Presets(file, allowed_images, changed_at)
 
 
 def _problem(path: Path, tree: yaml.Node, detail: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from gpu_server.drivers.clock import BootClock, boot_id
 from gpu_server.drivers.docker import DockerRuntime
 from gpu_server.drivers.inventory import choose_inventory
 from gpu_server.drivers.journal import SqliteJournal
-from gpu_server.drivers.models import FolderModelStore
+from gpu_server.drivers.models import store_of
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.drivers.spool import Spool
@@ -89,7 +89,7 @@ async def open_service(
         slots = await inventory.discover()
         _own_run_dir(settings.run_dir)
         spool = _open_spool(settings, instance)
-        clock, models, inputs = BootClock(), FolderModelStore(settings.models_dir), Inputs(spool)
+        clock, models, inputs = BootClock(), store_of(settings), Inputs(spool)
         streams = Streams(
             max_bytes_each=settings.stream_history_bytes,
             max_bytes_total=settings.stream_total_bytes,
@@ -118,7 +118,11 @@ async def open_service(
             folders=RunFolders(_session_folders(settings, instance)),
             inputs=inputs,
             launcher=Launcher(
-                find_preset=loaded.get, models=models, inputs=inputs, uid_base=settings.worker_uid_base
+                find_preset=loaded.get,
+                models=models,
+                inputs=inputs,
+                uid_base=settings.worker_uid_base,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
             ),
             clock=clock,
             wash_give_up=settings.wash_give_up_seconds,
@@ -135,7 +139,7 @@ async def open_service(
             fingerprint_key=spool.secret()[0],
             warnings=(*runtime.warnings, *_warnings(settings)),
         )
-        async with engine.running():
+        async with models.open(), engine.running():
             _start_work(engine, inventory, settings)
             engine.report(ev.NodeStarted(slots=slots, rebooted=rebooted))
             for warning in service.warnings:

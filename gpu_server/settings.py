@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -28,12 +30,37 @@ def _tiers(value: object) -> object:
     return {device.strip(): tier.strip() for device, _, tier in pairs}
 
 
+def _s3_uri(text: str) -> str:
+    """s3://bucket or s3://bucket/prefix, without a slash at the end."""
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\s]+)*/?", text):
+        raise ValueError("write it as s3://bucket or s3://bucket/prefix")
+    return text.rstrip("/")
+
+
+def _http_url(text: str) -> str:
+    """An address without anything that would be lost or told on: user, password, query."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("write it as http://host:port or https://host/path")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("leave user and password out; the key has a setting of its own")
+    return text.rstrip("/")
+
+
+def _header_text(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("only visible ASCII characters, without spaces, can be sent in a header")
+    return text
+
+
 MAX_SECONDS = 1e9
 """About 30 years: a time that is later than that, or infinite, has no date."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 SecondsFromZero = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+S3Uri = Annotated[str, AfterValidator(_s3_uri)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
 def _default_state_dir() -> Path:
@@ -77,6 +104,13 @@ class Settings(BaseSettings):
 
     fsx_mount_point: AbsolutePath = Path("/fsx")
     model_cache_dir: AbsolutePath | None = None
+    models_require_manifest: bool = False
+    model_prefetch: Literal["auto", "off"] = "auto"
+    auto_fetch_models: bool = False
+    model_source_s3_uri: S3Uri | None = None
+    file_service_url: HttpUrl | None = None
+    file_service_internal_key: Annotated[str | None, AfterValidator(_header_text)] = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
 
     session_idle_timeout_seconds: Seconds = 300.0
     session_max_lifetime_seconds: Seconds = 3600.0
@@ -104,6 +138,14 @@ class Settings(BaseSettings):
     def _timeouts_agree(self) -> Settings:
         if self.default_task_timeout > self.max_task_timeout:
             raise ValueError("DEFAULT_TASK_TIMEOUT is longer than MAX_TASK_TIMEOUT")
+        return self
+
+    @model_validator(mode="after")
+    def _models_have_a_source(self) -> Settings:
+        if self.file_service_url is not None and self.file_service_internal_key is None:
+            raise ValueError("FILE_SERVICE_URL needs FILE_SERVICE_INTERNAL_KEY")
+        if self.auto_fetch_models and not (self.model_source_s3_uri or self.file_service_url):
+            raise ValueError("AUTO_FETCH_MODELS needs MODEL_SOURCE_S3_URI or FILE_SERVICE_URL")
         return self
 
     @property

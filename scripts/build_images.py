@@ -37,8 +37,15 @@ class BuildError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
+    """`only_wanted`: big, so it is not among `all`; `debs`: Debian packages that its Dockerfile installs."""
+
     name: str
     folder: Path
+    dockerfile: str = "Dockerfile"
+    base: str = BASE
+    has_wheels: bool = True
+    debs: tuple[str, ...] = ()
+    only_wanted: bool = False
 
     @property
     def tag(self) -> str:
@@ -48,13 +55,36 @@ class Image:
 IMAGES = [
     Image(name="echo", folder=ROOT / "worker_images/echo"),
     Image(name="hostile", folder=ROOT / "tests/images/hostile"),
+    Image(
+        name="vllm-cpu",
+        folder=ROOT / "worker_images/vllm",
+        dockerfile="Dockerfile.cpu",
+        debs=("libnuma1",),
+        only_wanted=True,
+    ),
+    Image(
+        name="vllm",
+        folder=ROOT / "worker_images/vllm",
+        base="vllm/vllm-openai:v0.32.0",
+        has_wheels=False,
+        only_wanted=True,
+    ),
 ]
+FULL = ("echo", "hostile", "vllm-cpu")  # what all the tests need
+
+
+def chosen(wanted: str) -> list[Image]:
+    """The images that a word on the command line stands for."""
+    if wanted == "all":
+        return [image for image in IMAGES if not image.only_wanted]
+    names = FULL if wanted == "full" else (wanted,)
+    return [image for image in IMAGES if image.name in names]
 
 
 def build(client: docker.DockerClient, image: Image) -> None:
-    if not (image.folder / "Dockerfile").is_file():
-        raise BuildError(f"{image.folder / 'Dockerfile'} is missing: is the checkout complete?")
-    base_id = ensure_base(client)
+    if not (image.folder / image.dockerfile).is_file():
+        raise BuildError(f"{image.folder / image.dockerfile} is missing: is the checkout complete?")
+    base_id = ensure_base(client, image.base)
     with tempfile.TemporaryDirectory(prefix=f"gpu-server-{image.name}-") as folder:
         context = Path(folder)
         stage(image, context)
@@ -66,6 +96,7 @@ def build(client: docker.DockerClient, image: Image) -> None:
         log: list[str] = []
         for line in client.api.build(
             path=str(context),
+            dockerfile=image.dockerfile,
             tag=image.tag,
             labels={CONTEXT_LABEL: digest},
             network_mode="none",
@@ -84,9 +115,40 @@ def stage(image: Image, context: Path) -> None:
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*", "wheels", "sdk")
     shutil.copytree(image.folder, context, dirs_exist_ok=True, ignore=unwanted)
     requirements = image.folder / "requirements.txt"
-    if requirements.is_file():
-        shutil.copytree(wheels(image.name, requirements), context / "wheels")
-        shutil.copytree(ROOT / "worker_images/sdk", context / "sdk", ignore=unwanted)
+    if not requirements.is_file():
+        return
+    shutil.copytree(ROOT / "worker_images/sdk", context / "sdk", ignore=unwanted)
+    if image.has_wheels:
+        shutil.copytree(wheels(image.name, requirements), context / "wheels", copy_function=link_or_copy)
+    if image.debs:
+        shutil.copytree(debs(image), context / "debs")
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file that nobody changes, where both lie on one file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def debs(image: Image) -> Path:
+    """The folder with an image's Debian packages, from this machine's own package sources, or put there."""
+    folder = CACHE / "debs" / image.name
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in image.debs if not any(folder.glob(f"{name}_*.deb"))]
+    if missing and shutil.which("apt-get") is not None:
+        print(f"images: downloading {' '.join(missing)} for {image.name}", flush=True)
+        if os.environ.get("CI") and os.geteuid() == 0:
+            quietly("apt-get", "update", "-q")
+        subprocess.run(["apt-get", "-q", "download", *missing], cwd=folder, capture_output=True)
+        missing = [name for name in image.debs if not any(folder.glob(f"{name}_*.deb"))]
+    if missing:
+        raise BuildError(
+            f"{image.tag} needs Debian packages that apt-get cannot download here: {' '.join(missing)}.\n"
+            f"        Put them into {folder} (for {BASE}: packages.debian.org), or run apt-get update."
+        )
+    return folder
 
 
 def wheels(name: str, requirements: Path) -> Path:
@@ -120,8 +182,10 @@ def wheels(name: str, requirements: Path) -> Path:
     command += ["--platform", f"manylinux2014_{machine}"]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
+        readme = requirements.with_name("README.md")
+        hint = f"; {readme} says where they come from" if readme.is_file() else ""
         raise BuildError(
-            f"{result.stderr[-4000:]}\nthe wheels of {requirements} could not be downloaded (see above)"
+            f"{result.stderr[-4000:]}\nthe wheels of {requirements} could not be downloaded (see above){hint}"
         )
     stamp.write_text(wanted)
     return folder
@@ -144,17 +208,20 @@ def current_label(client: docker.DockerClient, tag: str) -> str | None:
     return labels.get(CONTEXT_LABEL)
 
 
-def ensure_base(client: docker.DockerClient) -> str:
-    """The id of the base image: the one that is here, else pulled, else a stand-in."""
+def ensure_base(client: docker.DockerClient, base: str) -> str:
+    """The id of the base image: the one that is here, else pulled, else, for Python's, a stand-in."""
     try:
-        return str(client.images.get(BASE).id)
+        return str(client.images.get(base).id)
     except docker.errors.ImageNotFound:
         pass
-    print(f"images: pulling {BASE}", flush=True)
+    print(f"images: pulling {base}", flush=True)
     try:
-        return str(client.images.pull(BASE).id)
+        return str(client.images.pull(base).id)
     except (docker.errors.APIError, requests.RequestException) as error:
-        print(f"images: {BASE} cannot be pulled: {getattr(error, 'explanation', None) or error}", flush=True)
+        problem = f"{base} cannot be pulled: {getattr(error, 'explanation', None) or error}"
+    if base != BASE:
+        raise BuildError(problem)
+    print(f"images: {problem}", flush=True)
     import_stand_in(client)
     return str(client.images.get(BASE).id)
 
@@ -258,7 +325,14 @@ def alone() -> Iterator[None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the images that the demo and the tests run.")
-    parser.add_argument("image", nargs="?", default="all", choices=[*(image.name for image in IMAGES), "all"])
+    names = [image.name for image in IMAGES]
+    parser.add_argument(
+        "image",
+        nargs="?",
+        default="all",
+        choices=[*names, "all", "full"],
+        help=f"all (the default) leaves out the big ones; full is {', '.join(FULL)}",
+    )
     wanted = parser.parse_args().image
     try:
         # Minutes, since the engine answers an import or a slow build step only when it is done.
@@ -272,9 +346,8 @@ def main() -> int:
         return 1
     try:
         with alone():
-            for image in IMAGES:
-                if wanted in (image.name, "all"):
-                    build(client, image)
+            for image in chosen(wanted):
+                build(client, image)
     except (BuildError, docker.errors.DockerException, requests.RequestException) as error:
         print(f"images: {error}", file=sys.stderr)
         return 1

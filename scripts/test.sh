@@ -11,8 +11,10 @@ source scripts/lib/docker.sh
 
 pytest_args=(--color=auto)
 if [[ -t 1 ]]; then pytest_args=(--color=yes); fi
+images=full
 if [[ ${1:-} == --quick ]]; then
     pytest_args+=(-m "not slow")
+    images=all
     shift
 fi
 
@@ -28,7 +30,7 @@ setup
 export PATH="$ROOT/.venv/bin:$PATH"
 check "docker engine" ensure_docker_for_ci
 if docker_available; then
-    check "images" python scripts/build_images.py all
+    check "images" python scripts/build_images.py "$images"
 else
     echo "    no Docker engine answers: the tests marked docker cannot run (in CI they fail, elsewhere they skip)"
 fi

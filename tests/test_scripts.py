@@ -1,5 +1,6 @@
 """The scripts, the lock files and what they promise each other."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -207,6 +209,50 @@ def test_ensure_docker_leaves_a_laptop_alone() -> None:
         CI="",
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def build_images() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_images", ROOT / "scripts/build_images.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["build_images"] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_big_images_are_built_when_they_are_asked_for() -> None:
+    """The demo and the quick tests need none of them, all the tests that of the CPU."""
+    script = build_images()
+    names = {wanted: [image.name for image in script.chosen(wanted)] for wanted in ("all", "full", "vllm")}
+    assert names == {"all": ["echo", "hostile"], "full": ["echo", "hostile", "vllm-cpu"], "vllm": ["vllm"]}
+    for image in script.IMAGES:
+        dockerfile = (image.folder / image.dockerfile).read_text()
+        assert f"\nFROM {image.base}" in dockerfile
+        has_wheels = image.has_wheels and (image.folder / "requirements.txt").is_file()
+        assert ("wheels/" in dockerfile) is has_wheels
+        assert ("debs/" in dockerfile) is bool(image.debs)
+
+
+def test_both_vllm_images_have_one_version() -> None:
+    """One program runs in both, and it is written for one version of vLLM."""
+    folder = ROOT / "worker_images/vllm"
+    (version,) = re.findall(r"^vllm-cpu==([\w.]+)$", (folder / "requirements.in").read_text(), re.MULTILINE)
+    assert f"FROM vllm/vllm-openai:v{version}\n" in (folder / "Dockerfile").read_text()
+    named = set(
+        re.findall(r"[Vv]ersion: ([\d.]+)\+cpu|vllm-([\d.]+)\+cpu", (folder / "Dockerfile.cpu").read_text())
+    )
+    assert {one or other for one, other in named} == {version}
+
+
+@pytest.mark.parametrize("name", ["echo", "vllm"])
+def test_wheels_of_images_are_locked(name: str) -> None:
+    """By version and hash, from wherever the machine that builds takes them."""
+    text = (ROOT / "worker_images" / name / "requirements.txt").read_text()
+    assert "://" not in text
+    assert not re.search(r"^--", text, re.MULTILINE)
+    for entry in re.split(r"\n(?=[\w.-]+==)", text):
+        assert "--hash=sha256:" in entry, entry.splitlines()[0]
 
 
 def test_building_images_without_an_engine_says_what_to_do() -> None:

@@ -125,6 +125,11 @@ def task_view(service: Service, task: Task) -> TaskView:
     )
 
 
+def unix_time(service: Service, when: float) -> float:
+    """A moment in the node's seconds as seconds since 1970, by what the two clocks say now."""
+    return when + time.time() - service.clock.now()
+
+
 def _error(failure: Failure | None) -> ErrorView | None:
     return ErrorView(code=failure.code, message=failure.message) if failure else None
 
@@ -133,7 +138,7 @@ class _Wall:
     """The node's seconds as RFC 3339 UTC, by what the two clocks say now."""
 
     def __init__(self, service: Service) -> None:
-        self._offset = time.time() - service.clock.now()
+        self._offset = unix_time(service, 0.0)
 
     def time(self, when: float) -> str:
         return datetime.fromtimestamp(when + self._offset, UTC).isoformat(timespec="milliseconds")

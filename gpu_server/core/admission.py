@@ -92,8 +92,7 @@ def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
             f"session {session.id} has task_difficulty {session.tier}, the task asks for {event.tier}",
             session_id=session.id,
         )
-    places = session.workload.max_concurrent_tasks - len(session.busy)
-    if len(session.queue) >= node.rules.session_queue_max + places:
+    if not has_room(node, session):
         raise Refusal(
             RefusalCode.SESSION_QUEUE_FULL,
             f"session {session.id} has {len(session.queue)} tasks waiting; the most is"
@@ -102,6 +101,12 @@ def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
             session_id=session.id,
         )
     return session
+
+
+def has_room(node: Node, session: Session) -> bool:
+    """Whether one more task may wait in this session, or start there at once."""
+    places = session.workload.max_concurrent_tasks - len(session.busy)
+    return len(session.queue) < node.rules.session_queue_max + places
 
 
 def admit_session(node: Node, event: SessionRequested) -> None:

@@ -58,6 +58,8 @@ class FailureCode(StrEnum):
     CANCEL_IGNORED = "cancel_ignored"
     IMAGE_MISSING = "image_missing"
     MODEL_MISSING = "model_missing"
+    MODEL_DAMAGED = "model_damaged"
+    MODEL_FETCH_FAILED = "model_fetch_failed"
     START_FAILED = "start_failed"
     START_TIMEOUT = "start_timeout"
     WORKER_EXITED = "worker_exited"

@@ -33,6 +33,11 @@ models:
     nine: {{docker_image: {IMAGE}, model: none, gpus: 9}}
     exec: {{docker_image: {IMAGE}, model: none, contract: exec}}
     forbidden: {{docker_image: elsewhere/image, model: none}}
+  org/chat:
+    p: {{docker_image: {IMAGE}, model: none}}
+    serve: {{docker_image: {IMAGE}, model: none, openai: true, max_concurrent_tasks: 2}}
+  closed:
+    serve: {{docker_image: elsewhere/image, model: none, openai: true}}
 """
 TASK = {"task_type": "session", "model_id": "m", "task_preset": "p"}
 
@@ -96,10 +101,10 @@ class Api:
         """Submit a task and follow it to its end, or to its refusal."""
         return await self.ask("POST", "/api/tasks/submit", {**TASK, **changes}, tenant=tenant)
 
-    async def session(self, tenant: str = "a", preset: str = "p") -> str:
+    async def session(self, tenant: str = "a", preset: str = "p", model: str = "m") -> str:
         """A session whose worker is ready."""
         answer = await self.ask(
-            "POST", "/api/sessions", {"model_id": "m", "task_preset": preset}, tenant=tenant
+            "POST", "/api/sessions", {"model_id": model, "task_preset": preset}, tenant=tenant
         )
         assert answer.status == 201, answer.raw
         await self.world.ready(answer.json["session_id"])

@@ -21,6 +21,10 @@ ROUTES = [
     ("DELETE", "/api/sessions/s_1"),
     ("POST", "/api/sessions/s_1/keepalive"),
     ("POST", "/api/slots/0/wash"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model_id}"),
 ]
 
 WRONG = [
@@ -54,9 +58,12 @@ async def test_every_route_needs_a_key(tmp_path: Path) -> None:
             body = TASK if path.endswith("submit") else {"model_id": "m", "task_preset": "p"}
             for wrong in WRONG if path == "/api/sessions" else WRONG[:2]:
                 answer = await api.ask(method, path, body, tenant=None, headers=wrong)
-                problem = answer.problem(401, "unauthorized")
+                if path.startswith("/v1/"):
+                    assert (answer.status, answer.json["error"]["code"]) == (401, "invalid_api_key")
+                else:
+                    answer.problem(401, "unauthorized")
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
-                assert KEY not in str(problem)
+                assert KEY.encode() not in answer.raw
         assert api.world.engine.node.tasks == {}
 
 

@@ -26,7 +26,7 @@ def test_every_code_has_a_status() -> None:
 async def test_unknown_routes_and_methods(tmp_path: Path) -> None:
     """What is not there and what may not be done is told as a problem too."""
     async with api_world(tmp_path) as api:
-        for method, path in (("GET", "/"), ("GET", "/api"), ("POST", "/v1/none"), ("GET", "/%ff%00")):
+        for method, path in (("GET", "/"), ("GET", "/api"), ("POST", "/api/none"), ("GET", "/%ff%00")):
             (await api.ask(method, path)).problem(404, "not_found")
         for method, path in (
             ("PUT", "/api/sessions"),

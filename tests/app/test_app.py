@@ -68,6 +68,10 @@ async def test_the_description(tmp_path: Path) -> None:
             ("get", "/api/sessions/{session_id}"),
             ("delete", "/api/sessions/{session_id}"),
             ("post", "/api/sessions/{session_id}/keepalive"),
+            ("post", "/v1/chat/completions"),
+            ("post", "/v1/completions"),
+            ("get", "/v1/models"),
+            ("get", "/v1/models/{model_id}"),
             ("post", "/api/slots/{slot_id}/wash"),
             ("get", "/health"),
         }

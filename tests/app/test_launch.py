@@ -25,7 +25,7 @@ PRESET = Preset(
     model="none",
     command=["serve", "--fast"],
     process_command=["python", "serve.py"],
-    env_vars={"A": "1", "MODEL_ID": "another"},
+    env_vars={"A": "1", "MODEL_ID": "another", "GPU_COUNT": "8"},
     memory="2g",
     cpus=1.5,
     pids=99,
@@ -85,7 +85,7 @@ def bench(tmp_path: Path) -> Bench:
 def start_is_refused(plan: Plan) -> tuple[str, str]:
     """Code and message with which a start is refused."""
     with pytest.raises(StartRefused) as refused:
-        plan.launch().find_model()
+        plan.launch()
     return refused.value.code, refused.value.message
 
 
@@ -129,7 +129,14 @@ def test_what_a_worker_is_started_with(bench: Bench) -> None:
     assert (spec.name, spec.session_id, spec.fence, spec.tenant) == (plan.name, "s_1", 42, "a")
     assert (spec.task_id, launch.task_input) == (None, None)
     assert (spec.command, spec.process_command) == (("serve", "--fast"), ("python", "serve.py"))
-    assert spec.env == {"A": "1", "MODEL_ID": "org/m", "TASK_PRESET": "p"}
+    assert spec.env == {
+        "A": "1",
+        "MODEL_ID": "org/m",
+        "TASK_PRESET": "p",
+        "MAX_CONCURRENT_TASKS": "1",
+        "GPU_COUNT": "2",
+        "GPU_MEMORY_UTILIZATION": "0.9",
+    }
     assert spec.gpu_uuids == ("GPU-0000", "GPU-0001")
     assert (spec.uid, spec.contract) == (plan.uid, Contract.HTTP)
     assert (spec.model_path, spec.folder) == (Path("/models/m"), FOLDER)
@@ -190,16 +197,23 @@ def test_presets_may_change_between_lives(bench: Bench, change: str) -> None:
 # -- models -----------------------------------------------------------------------------------------------
 
 
-def test_the_models_folder(bench: Bench) -> None:
+async def test_the_models_folder(bench: Bench) -> None:
     """A preset with weights gets the folder of its model; one without gets none."""
     folder = bench.models / "org" / "m"
     folder.mkdir(parents=True)
-    assert bench.plan("weights").launch().find_model() == folder
-    assert bench.plan().launch().find_model() is None
+    (folder / "weights").write_bytes(b"w")
+    assert await bench.plan("weights").launch().prepare_model(_tell) == folder
+    assert await bench.plan().launch().prepare_model(_tell) is None
 
 
 @pytest.mark.parametrize("model_id", ["org/m", "name:tag", "../m"])
-def test_a_model_that_is_not_there(bench: Bench, model_id: str) -> None:
+async def test_a_model_that_is_not_there(bench: Bench, model_id: str) -> None:
     """Whatever its id looks like, that is told as what it is, when the worker is to start."""
-    code, message = start_is_refused(bench.plan("weights", model_id))
-    assert (code, message) == ("model_missing", f"model {model_id} is not in the model store")
+    with pytest.raises(StartRefused) as refused:
+        await bench.plan("weights", model_id).launch().prepare_model(_tell)
+    assert refused.value.code == "model_missing"
+    assert f"model {model_id} is not in the model store" in refused.value.message
+
+
+def _tell(done: int, total: int | None) -> None:
+    pass

@@ -47,7 +47,8 @@ def test_the_shipped_file_is_valid() -> None:
     assert ("echo", "stream") in names
     for model_id, name in names:
         preset = loaded.get(model_id, name)
-        assert preset.process_command, "the demo runs every preset where there is no Docker"
+        if preset.model == "none":
+            assert preset.process_command, "what needs no model can be run where there is no Docker"
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -69,7 +70,26 @@ def test_defaults(tmp_path: Path) -> None:
         "tmp_size": 256 << 20,
         "tmp_exec": False,
         "shm_size": 64 << 20,
+        "openai": False,
     }
+
+
+def test_one_preset_of_a_model_serves_openai(tmp_path: Path) -> None:
+    """A request of the OpenAI routes names a model alone, so the file says which preset that means."""
+    text = """
+    models:
+      m:
+        p: {docker_image: image}
+        q: {docker_image: image, openai: true}
+      n:
+        p: {docker_image: image}
+      o:
+        p: {docker_image: elsewhere/image, openai: true}
+    """
+    loaded = load(tmp_path, text, "image")
+    assert [loaded.openai_preset(model_id) for model_id in ("m", "n", "o", "?")] == ["q", None, "p", None]
+    assert loaded.openai_models() == ["m"], "the image of `o` may not be started"
+    assert loaded.changed_at == int((tmp_path / "presets.yaml").stat().st_mtime)
 
 
 def test_every_field_is_in_the_readme() -> None:
@@ -126,6 +146,24 @@ MISTAKES = {
               gpu: 1
         """,
         ["7: models.m.p.gpu: Extra inputs are not permitted"],
+    ),
+    "two for openai": (
+        """\
+        models:
+          m:
+            p: {docker_image: image, openai: true}
+            q: {docker_image: image}
+            r: {docker_image: image, openai: true}
+        """,
+        ["2: models.m: Value error, only one preset of a model may have openai: true; p, r have it"],
+    ),
+    "openai without sessions": (
+        """\
+        models:
+          m:
+            p: {docker_image: image, contract: exec, openai: true}
+        """,
+        ["3: models.m.p: Value error, the OpenAI routes need sessions, which an exec preset has not"],
     ),
     "missing field": (
         """\

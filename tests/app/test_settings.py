@@ -39,6 +39,13 @@ VALUES: dict[str, tuple[str, Any]] = {
     "gpu_metrics_refresh_interval": ("0.5", 0.5),
     "fsx_mount_point": ("/a/fsx", Path("/a/fsx")),
     "model_cache_dir": ("/a/models", Path("/a/models")),
+    "models_require_manifest": ("true", True),
+    "model_prefetch": ("off", "off"),
+    "auto_fetch_models": ("true", True),
+    "model_source_s3_uri": ("s3://bucket/models/", "s3://bucket/models"),
+    "file_service_url": ("http://files:8080/", "http://files:8080"),
+    "file_service_internal_key": ("secret-of-the-service", "secret-of-the-service"),
+    "gpu_memory_utilization": ("0.5", 0.5),
     "session_queue_max_size": ("0", 0),
     "gpu_wait_max_seconds": ("0", 0.0),
     "gpu_wait_max_tasks": ("0", 0),
@@ -51,11 +58,20 @@ VALUES: dict[str, tuple[str, Any]] = {
 }
 
 
+COMPANY = {
+    "auto_fetch_models": {"MODEL_SOURCE_S3_URI": "s3://bucket"},
+    "file_service_url": {"FILE_SERVICE_INTERNAL_KEY": "k"},
+}
+"""What some settings cannot be without."""
+
+
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_from_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting is read from the environment under its own name."""
     text, expected = VALUES.get(name, ("4001.5", 4001.5))
     assert getattr(Settings(), name) != expected
+    for other, needed in COMPANY.get(name, {}).items():
+        monkeypatch.setenv(other, needed)
     monkeypatch.setenv(name.upper(), text)
     assert getattr(Settings(), name) == expected
 
@@ -88,6 +104,16 @@ def test_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("GPU_WAIT_MAX_SECONDS", "-1"),
         ("GPU_WAIT_MAX_SECONDS", "inf"),
         ("DISCONNECT_GRACE_SECONDS", "0.5"),
+        ("MODEL_PREFETCH", "yes"),
+        ("MODEL_SOURCE_S3_URI", "https://bucket"),
+        ("MODEL_SOURCE_S3_URI", "s3://"),
+        ("MODEL_SOURCE_S3_URI", "s3://Bucket/a b"),
+        ("FILE_SERVICE_URL", "files:8080"),
+        ("FILE_SERVICE_URL", "http://user" ":word@files"),
+        ("FILE_SERVICE_URL", "http://files/?key=1"),
+        ("FILE_SERVICE_INTERNAL_KEY", "two\nlines"),
+        ("GPU_MEMORY_UTILIZATION", "0"),
+        ("GPU_MEMORY_UTILIZATION", "1.1"),
         ("MAX_BODY_BYTES", "10"),
         ("METADATA_MAX_DEPTH", "201"),
         ("STREAM_HISTORY_BYTES", "1000"),
@@ -105,6 +131,21 @@ def test_timeouts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """A default that is longer than the maximum is refused, naming both."""
     monkeypatch.setenv("MAX_TASK_TIMEOUT", "10")
     with pytest.raises(ValidationError, match="DEFAULT_TASK_TIMEOUT is longer than MAX_TASK_TIMEOUT"):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"AUTO_FETCH_MODELS": "true"}, "AUTO_FETCH_MODELS needs MODEL_SOURCE_S3_URI or FILE_SERVICE_URL"),
+        ({"FILE_SERVICE_URL": "http://files"}, "FILE_SERVICE_URL needs FILE_SERVICE_INTERNAL_KEY"),
+    ],
+)
+def test_sources_agree(given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching from nowhere, and a service that will not let us in, are refused at the start."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError, match=message):
         Settings()
 
 

@@ -30,7 +30,7 @@ from gpu_server.drivers.spool import Spool
 from gpu_server.engine import Engine, Submission
 from gpu_server.inputs import Inputs
 from gpu_server.launch import FindPreset, Launcher
-from gpu_server.ports import Contract, Journal, WorkerSpec
+from gpu_server.ports import Contract, Journal, ModelStore, WorkerSpec
 from gpu_server.presets import Preset
 from gpu_server.recovery import recover
 from gpu_server.streams import Streams
@@ -69,6 +69,7 @@ class World:
     find_preset: FindPreset | None
     spool_root: Path
     disk: Disk = field(default_factory=lambda: {table: {} for table in Table})
+    models: ModelStore | None = None
     killed: bool = False
     boot_id: str = "this boot"
     wall_offset: float = 0.0
@@ -268,6 +269,7 @@ async def machine_world(
     give_up: float = 300.0,
     machine: FakeEngine | None = None,
     find_preset: FindPreset | None = None,
+    models: ModelStore | None = None,
 ) -> AsyncIterator[World]:
     """A machine on which no service lives yet."""
     await asyncio.to_thread(tmp_path.mkdir, exist_ok=True)
@@ -285,6 +287,7 @@ async def machine_world(
             give_up=give_up,
             find_preset=find_preset,
             spool_root=tmp_path / "kept",
+            models=models,
         )
         yield world
         for worker in world.workers.values():
@@ -329,7 +332,7 @@ async def engine_life(world: World, *, journal: Journal | None = None) -> AsyncI
         inputs=world.inputs,
         launcher=Launcher(
             find_preset=world.find_preset or (lambda _, name: world.presets[name]),
-            models=FolderModelStore(world.root / "models"),
+            models=world.models or FolderModelStore(world.root / "models"),
             inputs=world.inputs,
             uid_base=20_000,
         ),

@@ -1,10 +1,22 @@
-"""Model folders."""
+"""The model store: model folders, found, fetched, verified and read ahead."""
 
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gpu_server.drivers.models import FolderModelStore
+from gpu_server.drivers import model_hydrate
+from gpu_server.drivers.model_memory import VerifiedModels
+from gpu_server.drivers.model_s3 import S3Source
+from gpu_server.drivers.model_sources import FileService
+from gpu_server.drivers.models import FolderModelStore, sources_of, store_of
+from gpu_server.ports import StartRefused
+from gpu_server.settings import Settings
+from tests.drivers.models_world import FILE_KEY, FILES, file_service, laid, lay, tar_of, with_manifest
 
 
 @pytest.fixture
@@ -82,3 +94,209 @@ def test_the_root_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
     """An operator may link the store to where the mount is."""
     (tmp_path / "link").symlink_to(root)
     assert FolderModelStore(tmp_path / "link").find("small") == root / "small"
+
+
+# -- preparing --------------------------------------------------------------------------------------------
+
+
+def ignore(done: int, total: int | None) -> None:
+    pass
+
+
+async def refusal(store: FolderModelStore, model_id: str) -> tuple[str, str]:
+    with pytest.raises(StartRefused) as refused:
+        await store.prepare(model_id, ignore)
+    return refused.value.code, refused.value.message
+
+
+def test_staging_is_no_model(root: Path) -> None:
+    """What is being put together is nobody's to see, through a link either."""
+    lay(root / ".staging/m/files", FILES)
+    (root / "early").symlink_to(".staging/m/files")
+    store = FolderModelStore(root)
+    assert store.find("early") is None
+    assert store.names() == ("org/large", "small")
+    with pytest.raises(ValueError, match="no model id"):
+        store.find(".staging/m")
+
+
+async def test_without_a_manifest(root: Path) -> None:
+    """A model is served as it is, unless the settings want a manifest; an empty folder is no model."""
+    assert await FolderModelStore(root).prepare("small", ignore) == root / "small"
+    assert await refusal(FolderModelStore(root, require_manifest=True), "small") == (
+        "model_damaged",
+        "model small has no manifest, and MODELS_REQUIRE_MANIFEST wants one",
+    )
+    assert (await refusal(FolderModelStore(root), "empty"))[0] == "model_missing"
+
+
+async def test_verified_once_and_remembered(root: Path, tmp_path: Path) -> None:
+    """The first session reads all of it, the next ones nothing, in the next life of the service too; what was
+    written to is read again."""
+    lay(root / "m", with_manifest(FILES))
+    total = sum(len(content) for content in FILES.values())
+    for life in range(2):
+        store = FolderModelStore(root, verified=VerifiedModels(tmp_path / "state"))
+        for time in range(2):
+            told: list[int] = []
+            await store.prepare("m", lambda done, total, told=told: told.append(done))  # type: ignore[misc]
+            assert bool(told) == (life == time == 0)
+    store = FolderModelStore(root, verified=VerifiedModels(tmp_path / "state"))
+    lay(root / "m", {"config.json": b'{"hidden_size": 512}'})
+    code, message = await refusal(store, "m")
+    assert code == "model_damaged"
+    assert message.startswith("model m is damaged: config.json: has SHA-256")
+    lay(root / "m", FILES)
+    told = []
+    await store.prepare("m", lambda done, total: told.append(done))
+    assert told[-1] == total
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra.py": b""}, "extra.py: is not in the manifest"),
+        ({"config.json": b""}, "config.json: has 0 bytes, not 20"),
+        ({"manifest.json": b"[]"}, "manifest.json: is no manifest: the manifest must be a JSON object"),
+    ],
+)
+async def test_damaged(root: Path, change: dict[str, bytes], message: str) -> None:
+    """It is refused with the name of the file, also when it was verified before."""
+    lay(root / "m", with_manifest(FILES))
+    store = FolderModelStore(root)
+    await store.prepare("m", ignore)
+    lay(root / "m", change)
+    assert await refusal(store, "m") == ("model_damaged", f"model m is damaged: {message}")
+    assert await store.faults("m", ignore) == (message,)
+
+
+async def test_a_link_out_of_the_model(root: Path) -> None:
+    """A container could not follow it: that is told, and not found out by the loader."""
+    lay(root / "m", FILES)
+    (root / "m/adapter.bin").symlink_to("../small/config.json")
+    code, message = await refusal(FolderModelStore(root), "m")
+    assert code == "model_damaged"
+    assert message.startswith("model m is damaged: adapter.bin: is a link out of the model's folder")
+
+
+async def test_ten_sessions_want_one_model(tmp_path: Path) -> None:
+    """It is downloaded once, all ten get it and hear how far it is; one that gives up ends nothing."""
+    async with file_service(models={"org/m": tar_of(with_manifest(FILES))}, hold_at=1 << 17) as service:
+        store = FolderModelStore(tmp_path, sources=[FileService(service.url, FILE_KEY)])
+        told: list[list[int]] = [[] for _ in range(10)]
+
+        def listener(number: int) -> Callable[[int, int | None], None]:
+            return lambda done, total: told[number].append(done)
+
+        async with asyncio.timeout(60), store.open(), asyncio.TaskGroup() as group:
+            tasks = [group.create_task(store.prepare("org/m", listener(number))) for number in range(10)]
+            await service.holding.wait()
+            tasks[0].cancel()
+            await asyncio.wait(tasks[:1])
+            service.go_on.set()
+            assert {await task for task in tasks[1:]} == {tmp_path / "org/m"}
+        assert service.asked == ["org/m"]
+    assert all(told[1:])
+    assert laid(tmp_path / "org/m") == with_manifest(FILES)
+
+
+async def test_when_nobody_waits_any_more(tmp_path: Path) -> None:
+    """A download that takes longer than a session may goes on: the next session joins it."""
+    async with file_service(models={"m": tar_of(FILES)}, hold_at=1 << 17) as service:
+        store = FolderModelStore(tmp_path, sources=[FileService(service.url, FILE_KEY)])
+        async with asyncio.timeout(60), store.open(), asyncio.TaskGroup() as group:
+            task = group.create_task(store.prepare("m", ignore))
+            await service.holding.wait()
+            task.cancel()
+            await asyncio.wait([task])
+            assert store.names() == ()
+            service.go_on.set()
+            assert await store.prepare("m", ignore) == tmp_path / "m"
+        assert service.asked == ["m"]
+
+
+async def test_the_end_of_the_service(tmp_path: Path) -> None:
+    """A download that is under way then ends at once, and leaves nothing to be seen."""
+    async with file_service(models={"m": tar_of(FILES)}, hold_at=1 << 17) as service:
+        store = FolderModelStore(tmp_path, sources=[FileService(service.url, FILE_KEY)])
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            async with store.open():
+                task = group.create_task(store.prepare("m", ignore))
+                await service.holding.wait()
+            await asyncio.wait([task])
+        assert task.cancelled()
+    assert store.names() == ()
+
+
+async def test_what_cannot_be_fetched(tmp_path: Path) -> None:
+    """The codes tell whether it is nowhere, or could not be had; the messages say why."""
+    async with file_service(models={"m": tar_of({"../x": b""})}) as service:
+        store = FolderModelStore(tmp_path, sources=[FileService(service.url, FILE_KEY)], first_pause=0.01)
+        assert await refusal(store, "none") == (
+            "model_missing",
+            "model none is not in the model store, and no source has it",
+        )
+        code, message = await refusal(store, "m")
+        assert code == "model_fetch_failed"
+        assert message.startswith(
+            "model m could not be fetched: the file service's answer is refused: '../x'"
+        )
+
+
+async def test_what_comes_without_a_manifest(tmp_path: Path) -> None:
+    """Where one is wanted, it has to come from who made the model: half an upload would be served else."""
+    async with file_service(models={"m": tar_of(FILES)}) as service:
+        source = FileService(service.url, FILE_KEY)
+        store = FolderModelStore(tmp_path, sources=[source], require_manifest=True)
+        code, message = await refusal(store, "m")
+        assert code == "model_fetch_failed"
+        assert message.endswith("it came without a manifest, and MODELS_REQUIRE_MANIFEST wants one")
+        assert laid(tmp_path) == {}
+        service.models["m"] = tar_of(with_manifest(FILES))
+        assert await store.prepare("m", ignore) == tmp_path / "m"
+
+
+async def test_what_was_left_behind_is_removed(tmp_path: Path) -> None:
+    """When the store opens, what nobody has gone on with for long goes."""
+    lay(tmp_path / ".staging/old", {"files/x": b"1"})
+    for path in (*(tmp_path / ".staging/old").rglob("*"), tmp_path / ".staging/old"):
+        os.utime(path, (0, 0))
+    async with FolderModelStore(tmp_path, sources=[FileService("http://nowhere", "key")]).open():
+        assert os.listdir(tmp_path / ".staging") == []
+
+
+async def test_reading_ahead_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sessions that start at once read it once; where it is switched off nobody does."""
+    reads, go_on = [], asyncio.Event()
+
+    async def read(folder: Path, files: object, *, budget: int) -> int:
+        reads.append(folder)
+        await go_on.wait()
+        return 0
+
+    monkeypatch.setattr(model_hydrate, "hydrate", read)
+    store = FolderModelStore(root)
+    async with asyncio.timeout(20), store.open(), asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(store.hydrate(root / "small"))
+        await asyncio.sleep(0.05)
+        go_on.set()
+    assert reads == [root / "small"]
+    await FolderModelStore(root, prefetch=False).hydrate(root / "small")
+    assert reads == [root / "small"]
+
+
+def test_the_store_that_the_settings_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 is asked first, then the file service, and neither without AUTO_FETCH_MODELS or an order."""
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(
+        model_cache_dir=tmp_path,
+        state_dir=tmp_path / "state",
+        model_source_s3_uri="s3://bucket/models",
+        file_service_url="http://files",
+        file_service_internal_key="key",
+    )
+    assert [type(source) for source in sources_of(settings)] == [S3Source, FileService]
+    assert store_of(settings)._sources == ()
+    assert len(store_of(settings, fetching=True)._sources) == 2
+    assert len(store_of(settings.model_copy(update={"auto_fetch_models": True}))._sources) == 2

@@ -92,7 +92,7 @@ def presets(runtime: str) -> dict[str, Any]:
         "models": {
             "echo": {
                 "stream": ECHO,
-                "batch": {**ECHO, "max_concurrent_tasks": 3},
+                "batch": {**ECHO, "max_concurrent_tasks": 3, "openai": True},
                 "slow_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 60}},
                 "short_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 2}},
                 "cannot_load": {**ECHO, "env_vars": {"LOAD_FAIL": "the weights are torn"}},
@@ -104,6 +104,9 @@ def presets(runtime: str) -> dict[str, Any]:
                 "no_command": {name: value for name, value in ECHO.items() if name != "process_command"},
             },
             "other": {"stream": ECHO},
+            "slow": {"serve": {**ECHO, "openai": True, "env_vars": {"DELAY_MS": 50}}},
+            "cold": {"serve": {**ECHO, "openai": True, "env_vars": {"LOAD_SECONDS": 2}}},
+            "broken": {"serve": {**ECHO, "openai": True, "env_vars": {"LOAD_FAIL": "the weights are torn"}}},
             "hostile": hostile,
             "org/tiny": {"read": {**PROGRAM, "model": "folder"}, "serve": {**ECHO, "model": "folder"}},
             "org/absent": {"read": {**PROGRAM, "model": "folder"}, "serve": {**ECHO, "model": "folder"}},

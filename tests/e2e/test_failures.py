@@ -106,7 +106,7 @@ async def test_a_task_that_fails_leaves_its_session(caller: Caller) -> None:
     end = failed.events[-1].data
     assert (end["status"], end["error"]) == ("failed", {"code": "task_failed", "message": "no luck"})
     wrong = await caller.run(session=session, nonsense=1)
-    assert wrong.events[-1].data["error"]["code"] == "invalid_metadata"
+    assert wrong.events[-1].data["error"]["code"] == "invalid_request"
     assert (await caller.run(session=session, prompt="next")).text == "next"
 
 

@@ -20,7 +20,9 @@ async def test_two_tasks_in_one_session_and_a_oneoff(caller: Caller) -> None:
     alone = await caller.run("program", oneoff=True, code="print('hello')")
 
     assert first.text == "hello there  wörld\n"
-    assert first.of("text") == [{"text": "hello there  wörld\n"}]
+    assert first.of("text") == [
+        {"text": "hello there  wörld\n", "finish_reason": "stop", "stop_reason": None}
+    ]
     assert [e.event for e in first.events if e.event not in ("progress", "text_delta")] == [
         *("connection", "worker", "worker", "connection", "worker", "text", "worker", "task_finish")
     ]
@@ -28,7 +30,8 @@ async def test_two_tasks_in_one_session_and_a_oneoff(caller: Caller) -> None:
     assert [data["status"] for data in first.of("worker")] == ["created", "loading", "working", "waiting"]
     assert first.of("progress")[-1]["stage"] == "loading"
     assert first.events[-1].data["status"] == "completed"
-    assert first.events[-1].data["usage"] == {"deltas": 3}
+    usage = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert first.events[-1].data["usage"] == usage
     assert first.events[-1].data["elapsed_seconds"] >= 0
 
     assert [(e.id, e.event) for e in second.events] == [

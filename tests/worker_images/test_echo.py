@@ -96,8 +96,70 @@ async def test_a_prompt_comes_back(start: Callable[..., Any]) -> None:
         for prompt in (" hello  big\n world ", "Grüße 你好", "", " "):
             *deltas, text, end = await worker.run(prompt=prompt)
             assert "".join(data["delta"] for event, data in deltas if event == "text_delta") == prompt
-            assert text == ("text", {"text": prompt})
-            assert end == ("end", {"status": "completed", "usage": {"deltas": len(deltas)}})
+            assert text == ("text", {"text": prompt, "finish_reason": "stop", "stop_reason": None})
+            count = len(deltas)
+            usage = {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
+            assert end == ("end", {"status": "completed", "usage": usage})
+
+
+SYSTEM = {"role": "system", "content": "You echo."}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "text", "why", "usage"),
+    [
+        ({"messages": [{"role": "user", "content": "one two"}]}, "one two", ("stop", None), (2, 2, 4)),
+        (
+            {
+                "messages": [
+                    SYSTEM,
+                    {"role": "user", "content": "first"},
+                    {"role": "assistant", "content": "first"},
+                    {"role": "user", "content": [{"type": "text", "text": t} for t in ("a b ", "c")]},
+                ]
+            },
+            "a b c",
+            ("stop", None),
+            (7, 3, 10),
+        ),
+        ({"messages": [SYSTEM]}, "", ("stop", None), (2, 0, 2)),
+        ({"prompt": "a b c", "max_tokens": 2}, "a b ", ("length", None), (3, 2, 5)),
+        ({"prompt": "a b c", "max_tokens": 3}, "a b c", ("stop", None), (3, 3, 6)),
+        ({"prompt": "a b c d", "stop": "c"}, "a b ", ("stop", "c"), (4, 2, 6)),
+        ({"prompt": "a b c d", "stop": ["d", "b c"]}, "a ", ("stop", "b c"), (4, 1, 5)),
+        ({"prompt": "a b c d", "stop": "d", "max_tokens": 3}, "a b c ", ("length", None), (4, 3, 7)),
+        (
+            {"prompt": "a b", "temperature": 0, "top_p": 0.5, "seed": 1, "stop": []},
+            "a b",
+            ("stop", None),
+            (2, 2, 4),
+        ),
+    ],
+)
+async def test_text_generation(
+    start: Callable[..., Any],
+    metadata: dict[str, Any],
+    text: str,
+    why: tuple[str, str | None],
+    usage: tuple[int, int, int],
+) -> None:
+    """The contract of text generation, with words for tokens: the text, why it ends, and what was used."""
+    async with start() as worker:
+        await worker.until("ready")
+        *deltas, whole, end = await worker.run(**metadata)
+        assert "".join(data["delta"] for _, data in deltas) == text
+        assert whole == ("text", {"text": text, "finish_reason": why[0], "stop_reason": why[1]})
+        names = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert end[1]["usage"] == dict(zip(names, usage, strict=True))
+
+
+async def test_the_wait_of_the_environment(start: Callable[..., Any]) -> None:
+    """`DELAY_MS` slows every task that says nothing about it."""
+    async with start(DELAY_MS="60") as worker:
+        await worker.until("ready")
+        began = asyncio.get_running_loop().time()
+        await worker.run(prompt="a b")
+        assert asyncio.get_running_loop().time() - began >= 0.06
 
 
 async def test_count_and_log(start: Callable[..., Any]) -> None:
@@ -131,15 +193,32 @@ async def test_fail_comes_after_the_deltas(start: Callable[..., Any]) -> None:
         {"hang": 1},
         {"prmpt": "typo"},
         {"prompt": "a", "count": 1},
+        {"prompt": "a", "messages": []},
+        {"prompt": [1, 2]},
+        {"messages": "a"},
+        {"messages": ["a"]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "tool", "content": "a"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "stop": ""},
+        {"prompt": "a", "stop": [1]},
+        {"prompt": "a", "stop": ["x"] * 17},
+        {"prompt": "a", "logprobs": 0},
+        {"prompt": "a", "min_tokens": 1},
+        {"prompt": "a", "ignore_eos": True},
+        {"prompt": "a", "response_format": {"type": "json_object"}},
     ],
 )
 async def test_bad_metadata_is_named(start: Callable[..., Any], metadata: dict[str, Any]) -> None:
-    """Unknown names and wrong types fail the task with invalid_metadata."""
+    """Unknown names, wrong types and what it cannot do fail the task with invalid_request."""
     async with start() as worker:
         await worker.until("ready")
         ((event, data),) = await worker.run(**metadata)
         assert event == "end"
-        assert data["error"]["code"] == "invalid_metadata"
+        assert data["error"]["code"] == "invalid_request"
+        assert any(name in data["error"]["message"] for name in metadata)
 
 
 @pytest.mark.parametrize(("metadata", "code"), [({"crash": 7}, 7), ({"half_frame": True}, 9)])

@@ -62,6 +62,31 @@ async def test_blocking_emitter_says_the_same(start: Callable[..., Any]) -> None
     ]
 
 
+async def test_further_fields(start: Callable[..., Any]) -> None:
+    """Text may carry more, as JSON values behind its own field; both emitters take it."""
+    worker = Worker()
+
+    @worker.task
+    def run(task: Task, emit: BlockingEmitter) -> None:
+        emit.text_delta("a", logprobs=[{"token": "a", "logprob": -0.5}])
+        emit.text("a", finish_reason="stop", stop_reason=None)
+        with pytest.raises(ValueError, match="JSON"):
+            emit.text("a", logprob=float("nan"))
+
+    async with start(worker) as client:
+        assert await client.run("t") == [
+            (1, "text_delta", {"delta": "a", "logprobs": [{"token": "a", "logprob": -0.5}]}),
+            (2, "text", {"text": "a", "finish_reason": "stop", "stop_reason": None}),
+            (3, "end", {"status": "completed"}),
+        ]
+    history = History(1000)
+    await Emitter(history).text_delta("ü", index=1)
+    await Emitter(history).text("ü", index=1)
+    with history.reader(0) as reader:
+        said = await reader.ready()
+    assert said.decode().count(',"index":1}') == 2
+
+
 @pytest.mark.parametrize("blocking", [False, True])
 async def test_an_oversized_event_raises_in_the_authors_code(
     start: Callable[..., Any], blocking: bool

@@ -1,12 +1,15 @@
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_worker
 import pytest
-from gpu_worker import BlockingEmitter, Emitter, Task, Worker
+from gpu_worker import BlockingEmitter, Emitter, Task, TaskError, Worker
 
 from .conftest import parse, read_until
 
@@ -114,6 +117,84 @@ async def test_stopping_ends_streams_as_cancelled(tmp_path: Path, start: Callabl
             assert parse(rest.result()) == [(2, "end", {"status": "cancelled"})]
         released.set()
         assert os.listdir(tmp_path) == []
+
+
+async def test_a_worker_that_fails_ends_its_tasks(start: Callable[..., Any]) -> None:
+    """Tasks that know why end with their own words, the others are ended; health says the reason."""
+    worker = Worker()
+    broken = asyncio.Event()
+
+    @worker.task
+    async def run(task: Task, emit: Emitter) -> None:
+        await emit.text("started")
+        if task.metadata["knows"]:
+            await broken.wait()
+            raise TaskError("engine_dead", "the engine exited")
+        await asyncio.Event().wait()
+
+    async with asyncio.TaskGroup() as group, start(worker) as client:
+        answers = [await client.post(f"t{knows}", knows=knows) for knows in (True, False)]
+        for answer in answers:
+            await read_until(answer, b"started")
+        rests = [group.create_task(answer.read()) for answer in answers]
+        broken.set()
+        worker.fail("no engine")
+        worker.fail("and more")
+        ends = [parse(await rest) for rest in rests]
+    assert worker.failure == "no engine"
+    assert ends == [
+        [(2, "end", {"status": "failed", "error": {"code": "engine_dead", "message": "the engine exited"}})],
+        [(2, "end", {"status": "failed", "error": {"code": "worker_failed", "message": "no engine"}})],
+    ]
+
+
+async def test_a_load_may_end_the_worker(start: Callable[..., Any]) -> None:
+    """`fail` is heard at any time, from any thread."""
+    worker = Worker()
+    worker.task(nothing)
+
+    @worker.load
+    def load(progress: Any) -> None:
+        worker.fail("no GPU")
+
+    async with start(worker, loaded=False):
+        pass
+    assert worker.failure == "no GPU"
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_the_process_of_a_failed_worker(tmp_path: Path, stuck: bool) -> None:
+    """It ends with status 1, and the last line of its log is the reason, whatever it still does."""
+    program = tmp_path / "worker.py"
+    program.write_text(
+        "import threading, atexit\n"
+        "from gpu_worker import Worker\n"
+        "atexit.register(print, 'later')\n"
+        "worker = Worker()\n"
+        "worker.task(print)\n"
+        "@worker.load\n"
+        "async def load(progress):\n"
+        "    worker.fail('the engine is gone')\n"
+        f"    if {stuck}: threading.Event().wait()\n"
+        "worker.run()\n"
+    )
+    environment = {**os.environ, "GPU_WORKER_SOCKET": str(tmp_path / "worker.sock")}
+    environment["PYTHONPATH"] = str(Path(gpu_worker.__file__).parents[1])
+    ended = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "the worker failed: the engine is gone"
+    assert "later" not in ended.stdout
+
+
+async def test_figures(start: Callable[..., Any]) -> None:
+    """Health shows a worker's own numbers, where it tells any."""
+    worker = Worker()
+    worker.task(nothing)
+    async with start(worker) as client:
+        assert "figures" not in await client.health()
+        worker.tell(running=2, waiting=1)
+        worker.tell(running=3)
+        assert (await client.health())["figures"] == {"running": 3, "waiting": 1}
 
 
 async def test_stopping_while_loading(start: Callable[..., Any]) -> None:

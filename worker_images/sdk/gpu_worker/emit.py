@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from gpu_worker import frames
 from gpu_worker.errors import Cancelled
@@ -23,13 +24,13 @@ class Emitter:
         self._history = history
         self._turn_ends = 0.0
 
-    async def text_delta(self, delta: str) -> None:
-        """The next piece of the answer's text."""
-        await self._send(frames.text_delta(delta))
+    async def text_delta(self, delta: str, **more: Any) -> None:
+        """The next piece of the answer's text. `more` are further fields of the event: JSON values."""
+        await self._send(frames.text_delta(delta, more))
 
-    async def text(self, text: str) -> None:
-        """A whole text."""
-        await self._send(frames.text(text))
+    async def text(self, text: str, **more: Any) -> None:
+        """A whole text, with further fields as `text_delta` has them."""
+        await self._send(frames.text(text, more))
 
     async def logs(self, line: str, stream: str = "stdout") -> None:
         """A log line. What a task prints becomes one by itself."""
@@ -79,11 +80,11 @@ class BlockingEmitter:
         self._history = history
         self._cancelled = cancelled
 
-    def text_delta(self, delta: str) -> None:
-        self._send(frames.text_delta(delta))
+    def text_delta(self, delta: str, **more: Any) -> None:
+        self._send(frames.text_delta(delta, more))
 
-    def text(self, text: str) -> None:
-        self._send(frames.text(text))
+    def text(self, text: str, **more: Any) -> None:
+        self._send(frames.text(text, more))
 
     def logs(self, line: str, stream: str = "stdout") -> None:
         self._send(frames.logs(stream, line))

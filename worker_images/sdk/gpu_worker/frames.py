@@ -22,12 +22,12 @@ def dumps(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def text_delta(delta: str) -> bytes:
-    return _frame("text_delta", f'{{"delta":{_quote(delta)}}}')
+def text_delta(delta: str, more: Mapping[str, Any] | None = None) -> bytes:
+    return _frame("text_delta", f'{{"delta":{_quote(delta)}{_further(more)}}}')
 
 
-def text(whole: str) -> bytes:
-    return _frame("text", f'{{"text":{_quote(whole)}}}')
+def text(whole: str, more: Mapping[str, Any] | None = None) -> bytes:
+    return _frame("text", f'{{"text":{_quote(whole)}{_further(more)}}}')
 
 
 def logs(stream: str, line: str) -> bytes:
@@ -67,6 +67,11 @@ def end(
     if usage is not None:
         data["usage"] = dict(usage)
     return _frame("end", dumps(data))
+
+
+def _further(more: Mapping[str, Any] | None) -> str:
+    """More fields of a JSON object, behind its first. Most events have none."""
+    return "," + dumps(more)[1:-1] if more else ""
 
 
 def _frame(event: str, data: str) -> bytes:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,14 @@ _CLOSE_SECONDS = 0.5  # for streams that are still being read when the worker st
 
 @dataclass(slots=True, kw_only=True)
 class Health:
-    """What `GET /health` answers. `state` is what tasks are given; it is there once the status is ready."""
+    """What `GET /health` answers. `state` is what tasks are given; it is there once the status is ready.
+    `figures` are for people who look; the service does not read them."""
 
     session_id: str | None
     status: Literal["loading", "ready", "failed"] = "loading"
     progress: dict[str, Any] | None = None
     message: str | None = None
+    figures: dict[str, float] = field(default_factory=dict)
     state: Any = None
 
 
@@ -54,6 +56,7 @@ class Routes:
                 "session_id": health.session_id,
                 "progress": health.progress,
                 "message": health.message,
+                **({"figures": health.figures} if health.figures else {}),
             },
             dumps=dumps,
         )

@@ -120,6 +120,15 @@ class Tasks:
         for run in self._running.values():
             run.end(frames.end("cancelled"))
 
+    async def fail(self, seconds: float, reason: str) -> None:
+        """Let what runs end by itself, which knows better why; after `seconds` all of it ends as failed."""
+        if self._running:
+            await asyncio.wait(list(self._running), timeout=seconds)
+        for run in self._running.values():
+            run.end(frames.end("failed", ("worker_failed", reason[:_MESSAGE_MAX])))
+            run.cancel()
+            run.abandon()
+
     def _has_finished(self, asyncio_task: asyncio.Task[None]) -> None:
         self._finished.append(self._running.pop(asyncio_task))
         size = sum(run.history.size for run in self._finished)

@@ -43,6 +43,9 @@ class Worker:
     def __init__(self) -> None:
         self._load_function: Callable[..., Any] | None = None
         self._task_function: Callable[..., Any] | None = None
+        self._stop: Callable[[], Any] | None = None
+        self._on_failure: Callable[[str], None] = lambda _: None
+        self.failure: str | None = None
         self.health = Health(session_id=None)
 
     def load(self, function: Function) -> Function:
@@ -55,13 +58,31 @@ class Worker:
         self._task_function = function
         return function
 
+    def fail(self, reason: str) -> None:
+        """End this worker: it cannot serve any more. From any thread; the first reason counts.
+
+        Tasks that run have a second to end by themselves, then they end as failed with `worker_failed`. The
+        process ends with status 1, and `reason` is the last line of its log.
+        """
+        if self.failure is None:
+            self.failure = reason
+            self._on_failure(reason)
+            if self._stop is not None:
+                self._stop()
+
+    def tell(self, **figures: float) -> None:
+        """Numbers that `GET /health` shows as `figures`, for people who look: how much is running, say."""
+        self.health.figures.update(figures)
+
     def run(self) -> None:
-        """Serve on GPU_WORKER_SOCKET until SIGTERM or SIGINT."""
+        """Serve on GPU_WORKER_SOCKET until SIGTERM or SIGINT, or until `fail`."""
         path = os.environ.get("GPU_WORKER_SOCKET")
         if not path:
             sys.exit("GPU_WORKER_SOCKET is not set: it names the Unix socket to serve on")
         with captured():
             asyncio.run(self._until_signal(Path(path)))
+        if self.failure is not None:
+            _exit_failed(self.failure)
 
     async def serve(
         self,
@@ -71,10 +92,15 @@ class Worker:
         session_id: str | None = None,
         history_bytes: int = HISTORY_BYTES,
     ) -> None:
-        """Serve on the Unix socket `path` until `stop` is set. `run` for those who have an event loop."""
+        """Serve on the Unix socket `path` until `stop` is set, or until `fail`: then `failure` says why. This
+        is `run` for those who have an event loop."""
         if self._task_function is None:
             raise RuntimeError("no function is decorated with @worker.task")
         self.health = Health(session_id=session_id)
+        loop = asyncio.get_running_loop()
+        self._stop = lambda: loop.call_soon_threadsafe(stop.set)
+        if self.failure is not None:
+            stop.set()
         async with asyncio.TaskGroup() as group:
             tasks = Tasks(group, history_bytes)
             app = Routes(self.health, tasks, self._task_function).application()
@@ -82,20 +108,23 @@ class Worker:
                 loading = group.create_task(self._load(), name="load")
                 await stop.wait()
                 loading.cancel()
-                self.health.status, self.health.message = "failed", "the worker is stopping"
-                await tasks.stop(_STOP_SECONDS)
+                self.health.status = "failed"
+                self.health.message = self.failure or "the worker is stopping"
+                if self.failure is None:
+                    await tasks.stop(_STOP_SECONDS)
+                else:
+                    await tasks.fail(_STOP_SECONDS, self.failure)
 
     async def _until_signal(self, path: Path) -> None:
         stop = asyncio.Event()
 
         def stopping() -> None:
             stop.set()
-            guard = threading.Timer(_EXIT_SECONDS, os._exit, (0,))
-            guard.daemon = True
-            guard.start()
+            _exit_in(_EXIT_SECONDS, os._exit, 0)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopping)
+        self._on_failure = lambda reason: _exit_in(_EXIT_SECONDS, _exit_failed, reason)
         await self.serve(
             path,
             stop,
@@ -126,3 +155,18 @@ class Worker:
 
     def _note_progress(self, stage: str, done: float, total: float | None = None) -> None:
         self.health.progress = frames.progress_data(stage, done, total)
+
+
+def _exit_in(seconds: float, way: Callable[[Any], Any], argument: object) -> None:
+    """End the process after that long, whatever still runs."""
+    guard = threading.Timer(seconds, way, (argument,))
+    guard.daemon = True
+    guard.start()
+
+
+def _exit_failed(reason: str) -> None:
+    """Nothing may run that could print after the reason, or wait for what is dead: no clean-up at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    print(f"the worker failed: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)

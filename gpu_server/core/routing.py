@@ -1,0 +1,62 @@
+"""Routing: which session takes a task that names a model and no session. Reads the node, never writes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gpu_server.core.admission import RETRY_AFTER_SECONDS, has_room
+from gpu_server.core.errors import Refusal, RefusalCode
+from gpu_server.core.sessions import Session, SessionState, TaskType
+from gpu_server.core.slots import Tier
+
+if TYPE_CHECKING:
+    from gpu_server.core.node import Node
+
+_SERVING = frozenset({SessionState.READY, SessionState.WORKING})
+
+
+def choose_session(node: Node, tenant: str, model_id: str, task_preset: str) -> str | None:
+    """The session of this tenant that is to take a task for this preset, or None: a new one is to.
+
+    1. Only sessions that take tasks, and have room for one more, are looked at.
+    2. One that would start the task at once comes before one where it would wait.
+    3. Of those the least busy one is chosen, and of equally busy ones the oldest.
+    4. Where there is none, a new session; but where others are there, and merely full, only if a new one
+       could start at once: else a tenant that asks faster than it is served would fill the wait line.
+
+    Raises `Refusal` in the last case. The answer is true only until anything else is decided, so the task
+    must be submitted before the next await.
+    """
+    mine = [session for session in node.live_sessions() if _serves(session, tenant, model_id, task_preset)]
+    if open_ones := [session for session in mine if has_room(node, session)]:
+        return min(open_ones, key=lambda session: (not _starts_now(session), _load(session))).id
+    if mine and not _could_start(node, mine[0].workload.gpus):
+        raise Refusal(
+            RefusalCode.SESSION_QUEUE_FULL,
+            f"{len(mine)} session(s) of {model_id}/{task_preset} have {node.rules.session_queue_max} tasks"
+            " waiting each, which is the most, and no other can start now",
+            retry_after=RETRY_AFTER_SECONDS,
+        )
+    return None
+
+
+def _serves(session: Session, tenant: str, model_id: str, task_preset: str) -> bool:
+    workload = session.workload
+    return (
+        session.tenant == tenant
+        and session.accepts_tasks
+        and session.task_type is TaskType.SESSION
+        and (workload.model_id, workload.task_preset) == (model_id, task_preset)
+    )
+
+
+def _starts_now(session: Session) -> bool:
+    return session.state in _SERVING and _load(session) < session.workload.max_concurrent_tasks
+
+
+def _load(session: Session) -> int:
+    return len(session.busy) + len(session.queue)
+
+
+def _could_start(node: Node, gpus: int) -> bool:
+    return node.runtime_doubt is None and node.line.could_start(gpus, Tier.LOW, node.slots)

@@ -1,0 +1,313 @@
+"""vLLM's engine, in processes of its own, as this worker uses it: load, generate, abort, and its death.
+
+Made for vLLM 0.32; what it takes from vLLM's inside is in this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import fields
+from multiprocessing.process import BaseProcess
+from signal import Signals
+from time import monotonic
+from typing import Any
+
+from console import Console, Tap, is_echo
+from gpu_worker import Emitter, Progress, TaskError, Worker
+from text_request import Request
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.logprobs import Logprob
+from vllm.outputs import RequestOutput
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+HEARTBEAT_SECONDS = 1.0
+EXIT_NEWS_SECONDS = 2.0
+STEP_TOKENS = 200  # with logprobs in one event; a step has more where its task waited for its readers
+LOGPROB_MIN = -9999.0  # as vLLM's own server writes minus infinity, which JSON cannot say
+_TOO_LONG = ("input_tokens", "input_text")
+
+
+class SettingError(Exception):
+    """The environment asks for what cannot be; the message names the variable."""
+
+
+def engine_args(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The engine's arguments: what follows from the session, and over that the preset's `ENGINE_ARGS`."""
+    tasks = int(environment.get("MAX_CONCURRENT_TASKS", "1"))
+    args: dict[str, Any] = {
+        "model": environment.get("MODEL_PATH", "/models"),
+        "served_model_name": environment.get("MODEL_ID", "model"),
+        "tensor_parallel_size": max(1, int(environment.get("GPU_COUNT", "0"))),
+        "gpu_memory_utilization": float(environment.get("GPU_MEMORY_UTILIZATION", "0.9")),
+        "max_num_seqs": tasks,
+        "disable_log_stats": True,  # to the log; the figures go to /health
+    }
+    try:
+        wanted = json.loads(environment.get("ENGINE_ARGS") or "{}")
+    except ValueError as error:
+        raise SettingError(f"ENGINE_ARGS is not JSON: {error}") from None
+    if not isinstance(wanted, dict):
+        raise SettingError("ENGINE_ARGS must be a JSON object: names of engine arguments and their values")
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    if unknown := sorted(wanted.keys() - known):
+        raise SettingError(f"ENGINE_ARGS: vLLM has no engine argument {', '.join(unknown)}")
+    args.update(wanted)
+    if args["max_num_seqs"] < tasks:
+        most = args["max_num_seqs"]
+        raise SettingError(f"ENGINE_ARGS: max_num_seqs is {most}, the preset's max_concurrent_tasks {tasks}")
+    return args
+
+
+async def load(environment: Mapping[str, str], progress: Progress, worker: Worker) -> Engine:
+    """Start the engine and generate a first token, telling how far it is at least every second."""
+    args = engine_args(environment)
+    console = Console()
+    tap = Tap(console.hear)
+    began = monotonic()
+    try:
+        async with asyncio.TaskGroup() as group:
+            starting = group.create_task(asyncio.to_thread(_start, args, worker), name="start the engine")
+            while not starting.done():
+                # Where the engine does not say how much there is to do, `done` is seconds.
+                await progress(*(console.stage or ("engine", round(monotonic() - began), None)))
+                await asyncio.wait([starting], timeout=HEARTBEAT_SECONDS)
+    except BaseExceptionGroup as several:
+        tap.close()
+        (error,) = several.exceptions
+        if console.fault is not None and is_echo(str(error)):
+            raise RuntimeError(console.fault) from error
+        raise error from None
+    await progress("first token", 0, None)
+    engine = Engine(starting.result(), console, tap, worker.fail)
+    await engine.warm_up()
+    return engine
+
+
+def _start(args: dict[str, Any], worker: Worker) -> AsyncLLM:
+    """In a thread: it blocks until the engine's processes have loaded the model."""
+    loggers: list[Any] = [_figures(worker.tell)]
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
+
+
+def _figures(tell: Callable[..., None]) -> type[PrometheusStatLogger]:
+    """Hears of every step of the engine. It stands where vLLM's own counters would, which nobody reads."""
+
+    class Figures(PrometheusStatLogger):
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            self._steps = self._most = 0
+            tell(running=0, waiting=0, steps=0, most_running=0)
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        ) -> None:
+            if scheduler_stats is None:
+                return
+            running = scheduler_stats.num_running_reqs
+            self._steps += 1
+            self._most = max(self._most, running)
+            tell(
+                running=running,
+                waiting=scheduler_stats.num_waiting_reqs,
+                steps=self._steps,
+                most_running=self._most,
+                kv_cache_usage=round(scheduler_stats.kv_cache_usage, 4),
+            )
+
+        def log(self) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record_sleep_state(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def record_admission_rejection(self, *_: Any, **__: Any) -> None:
+            pass
+
+    return Figures
+
+
+class Engine:
+    """A loaded engine. `fail` is called with the reason when it has died."""
+
+    def __init__(self, llm: AsyncLLM, console: Console, tap: Tap, fail: Callable[[str], None]) -> None:
+        self._llm, self._console, self._tap, self._fail = llm, console, tap, fail
+        self._processes = _processes(llm)
+        self._defaults = llm.model_config.get_diff_sampling_param()
+        self._death: asyncio.Future[str] | None = None
+
+    async def warm_up(self) -> None:
+        """One token: what follows does not pay for what is only made at first use."""
+        token = {"prompt_token_ids": [0]}
+        prompt = await self._render(parse_model_prompt(self._llm.model_config, token))
+        params = SamplingParams(max_tokens=1, temperature=0, output_kind=RequestOutputKind.DELTA)
+        async for _ in self._llm.generate(prompt, params, "warm-up"):
+            pass
+        # Its end is the engine's end, whether a task runs then or none.
+        assert self._llm.output_handler is not None
+        self._llm.output_handler.add_done_callback(
+            lambda handler: None if handler.cancelled() else self._has_died()
+        )
+
+    async def run(self, request: Request, task_id: str, emit: Emitter) -> dict[str, int]:
+        """Generate, and tell each step; gives the usage. Raises `TaskError`; a cancel aborts the request."""
+        try:
+            return await self._run(request, task_id, emit)
+        except EngineDeadError:
+            raise TaskError("engine_dead", await self._reason()) from None
+        except (VLLMClientError, ValueError) as error:
+            raise _refusal(error, request) from None
+        except EngineGenerateError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise _refusal(error.__cause__, request) from None
+            raise TaskError("task_failed", _message(error.__cause__ or error)) from error
+
+    async def _run(self, request: Request, task_id: str, emit: Emitter) -> dict[str, int]:
+        prompt = await self._prompt(request)
+        prompt_tokens = len(prompt["prompt_token_ids"])
+        context = self._llm.model_config.max_model_len
+        if prompt_tokens >= context:
+            raise TaskError(
+                "context_length_exceeded",
+                f"the prompt has {prompt_tokens} tokens; the context of {context} leaves none to generate",
+            )
+        wanted = {"max_tokens": None, **self._defaults, **request.sampling}
+        if request.structured is not None:
+            wanted["structured_outputs"] = StructuredOutputsParams(**request.structured)
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **wanted)
+        pieces: list[str] = []
+        completion_tokens = 0
+        alternatives = request.logprobs
+        last: RequestOutput | None = None
+        # Closed at once where this ends early: that aborts the request.
+        async with aclosing(self._llm.generate(prompt, params, task_id)) as steps:
+            async for step in steps:
+                last, output = step, step.outputs[0]
+                completion_tokens += len(output.token_ids)
+                text = output.text
+                if text:
+                    pieces.append(text)
+                if alternatives is not None and output.logprobs:
+                    told = [
+                        _told(token, at, alternatives)
+                        for token, at in zip(output.token_ids, output.logprobs, strict=False)
+                    ]
+                    for start in range(0, len(told), STEP_TOKENS):
+                        await emit.text_delta(text if start == 0 else "", logprobs=told[start:][:STEP_TOKENS])
+                elif text:
+                    await emit.text_delta(text)
+        assert last is not None
+        end = last.outputs[0]
+        if end.finish_reason == "error" and request.structured is not None:
+            raise TaskError("invalid_request", "response_format: the engine cannot follow this schema")
+        if end.finish_reason not in ("stop", "length"):
+            raise TaskError("task_failed", f"the engine ended the request as {end.finish_reason}")
+        try:
+            await emit.text("".join(pieces), finish_reason=end.finish_reason, stop_reason=end.stop_reason)
+        except ValueError:
+            message = "the text is complete in its deltas, and too long to be told again as a whole"
+            raise TaskError("text_too_long", message) from None
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+    async def _prompt(self, request: Request) -> Any:
+        """The prompt as the engine takes it; a template or a tokenizer may take long, so threads do it."""
+        if request.messages is not None:
+            chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+            _, (prompt,) = await self._llm.renderer.render_chat_async([request.messages], chat)
+            return prompt
+        content: Any = request.prompt
+        if isinstance(content, list):
+            self._llm.renderer.validate_token_ids(content, parameter="prompt")
+            content = {"prompt_token_ids": content}
+        return await self._render(parse_model_prompt(self._llm.model_config, content))
+
+    async def _render(self, parsed: Any) -> Any:
+        (prompt,) = await self._llm.renderer.render_cmpl_async([parsed])
+        return prompt
+
+    # -- death ----------------------------------------------------------------------------------------------
+
+    def _has_died(self) -> None:
+        """On the event loop, when vLLM has noticed. Finding the reason may take a moment, in a thread."""
+        if self._death is None:
+            loop = asyncio.get_running_loop()
+            self._death = loop.run_in_executor(None, self._find_reason)
+            self._death.add_done_callback(lambda found: self._fail(found.result()))
+
+    async def _reason(self) -> str:
+        self._has_died()
+        assert self._death is not None
+        return await asyncio.shield(self._death)
+
+    def _find_reason(self) -> str:
+        for process in self._processes:
+            process.join(EXIT_NEWS_SECONDS)
+        self._tap.close()
+        ended = [_how(process) for process in self._processes if process.exitcode is not None]
+        how = f"vLLM's engine process {', '.join(ended)}" if ended else "vLLM's engine has failed"
+        return f"{how}: {self._console.fault}" if self._console.fault else how
+
+
+def _processes(llm: AsyncLLM) -> list[BaseProcess]:
+    manager = llm.engine_core.resources.engine_manager
+    return list(manager.processes) if manager is not None else []
+
+
+def _how(process: BaseProcess) -> str:
+    status = process.exitcode
+    assert status is not None
+    if status >= 0:
+        return f"exited with status {status}"
+    killed = " (often: the memory limit)" if -status == Signals.SIGKILL else ""
+    return f"was ended by {Signals(-status).name}{killed}"
+
+
+def _told(token: int, at: Mapping[int, Logprob], alternatives: int) -> dict[str, Any]:
+    """A token with its logprob and the most probable tokens at its place, the best first."""
+    best = sorted((p for p in at.values() if (p.rank or math.inf) <= alternatives), key=_rank)
+    return {**_entry(at[token]), "top_logprobs": [_entry(entry) for entry in best]}
+
+
+def _rank(entry: Logprob) -> int:
+    return entry.rank or 0
+
+
+def _entry(entry: Logprob) -> dict[str, Any]:
+    text = entry.decoded_token or ""
+    return {
+        "token": text,
+        "logprob": max(entry.logprob, LOGPROB_MIN),
+        "bytes": list(text.encode("utf-8", "replace")),
+    }
+
+
+def _refusal(error: Exception, request: Request) -> TaskError:
+    """What vLLM says of a request that it does not take. The parameter is named where it does not do so."""
+    message, parameter = _message(error), getattr(error, "parameter", None)
+    if parameter in _TOO_LONG:
+        return TaskError("context_length_exceeded", message)
+    if parameter is None and request.structured is not None:
+        parameter = "response_format"  # the rest was checked before
+    if parameter is not None and not any(name in message for name in (parameter, *request.sampling)):
+        message = f"{parameter}: {message}"
+    return TaskError("invalid_request", message)
+
+
+def _message(error: BaseException) -> str:
+    """Without what vLLM appends for its own server."""
+    return str(error.args[0]) if error.args else type(error).__name__
