@@ -67,6 +67,7 @@ class FolderModelStore:
         # A download or a verification may take longer than a session may: the next one finds it done.
         self._preparing: SharedWork[Path] = SharedWork(lingers=True)
         self._hydrating: SharedWork[None] = SharedWork()
+        self._being_read = 0
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -207,8 +208,14 @@ class FolderModelStore:
     async def _hydrate(self, folder: Path, tell: Tell) -> None:
         try:
             files = await _looked_up(partial(scan, folder), limit=SCAN_SECONDS)
-            budget = await asyncio.to_thread(model_hydrate.memory_budget)
-            count = await model_hydrate.hydrate(folder, files, budget=budget)
+            # What is promised to others that are being read is still told as available.
+            room = await asyncio.to_thread(model_hydrate.memory_budget) - self._being_read
+            budget = min(max(room, 0), sum(file.size for file in files))
+            self._being_read += budget
+            try:
+                count = await model_hydrate.hydrate(folder, files, budget=budget)
+            finally:
+                self._being_read -= budget
             log.info("model.hydrated", folder=folder.name, bytes=count)
         except (OSError, FolderFault, StartRefused) as error:
             log.warning("model.not_hydrated", folder=folder.name, reason=str(error))

@@ -286,6 +286,30 @@ async def test_reading_ahead_once(root: Path, monkeypatch: pytest.MonkeyPatch) -
     assert reads == [root / "small"]
 
 
+async def test_reading_two_models_ahead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the room that there is: neither pushes out what was read of the other."""
+    budgets, first, go_on = [], asyncio.Event(), asyncio.Event()
+
+    async def read(folder: Path, files: object, *, budget: int) -> int:
+        budgets.append(budget)
+        (go_on if first.is_set() else first).set()
+        await go_on.wait()
+        return budget
+
+    monkeypatch.setattr(model_hydrate, "hydrate", read)
+    monkeypatch.setattr(model_hydrate, "memory_budget", lambda: 100)
+    for name in ("one", "two"):
+        lay(root / name, {"weights": bytes(70)})
+    store = FolderModelStore(root)
+    async with asyncio.timeout(20), store.open():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(store.hydrate(root / "one"))
+            await first.wait()
+            group.create_task(store.hydrate(root / "two"))
+        await store.hydrate(root / "two")
+    assert budgets == [70, 30, 70]
+
+
 def test_the_store_that_the_settings_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 is asked first, then the file service, and neither without AUTO_FETCH_MODELS or an order."""
     monkeypatch.chdir(tmp_path)

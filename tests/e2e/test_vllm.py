@@ -24,7 +24,8 @@ from vllm import LLM, SamplingParams
 prompts, chat, greedy, args = json.loads(os.environ["ASKED"])
 llm = LLM(model="/models", **args)
 params = SamplingParams(**greedy)
-found = llm.generate(prompts, params, use_tqdm=False) + llm.chat([chat], params, use_tqdm=False)
+found = [llm.generate(prompt, params, use_tqdm=False)[0] for prompt in prompts]
+found += llm.chat([chat], params, use_tqdm=False)
 print("FOUND", json.dumps([[f.outputs[0].text, list(f.outputs[0].token_ids)] for f in found]))
 """
 
@@ -62,17 +63,19 @@ async def session(vllm: VllmService, caller: Caller) -> str:
 
 
 async def run(caller: Caller, session: str, **metadata: Any) -> Following:
+    """Submit to the shared session and follow to the end."""
     return await caller.run("cpu", model="tiny", session=session, **metadata)
 
 
 def whole(task: Following) -> str:
-    """The whole text, which must be what was streamed."""
+    """The whole text of a task, which must be what was streamed."""
     (text,) = task.of("text")
     assert task.text == text["text"]
     return str(text["text"])
 
 
 def failure(task: Following) -> tuple[str, str]:
+    """Code and message with which a task failed, told in an `error` event and again at its end."""
     end = task.events[-1].data
     assert end["status"] == "failed", end
     assert task.of("error") == [end["error"]]
@@ -254,11 +257,10 @@ async def test_structured_output(caller: Caller, session: str) -> None:
 
 async def test_an_engine_argument_that_is_none(caller: Caller) -> None:
     """A preset's mistake is told as such, by name, and not after minutes."""
-    task = caller.submit("wrong", model="tiny", prompt="x")
-    await task.until("task_finish")
-    code, message = failure(task)
-    assert code == "start_failed"
-    assert "ENGINE_ARGS: vLLM has no engine argument no_such_argument" in message
+    session = (await caller.open("wrong", model="tiny"))["session_id"]
+    error = (await caller.in_state(session, "failed", within=LOAD_SECONDS))["error"]
+    assert error["code"] == "start_failed"
+    assert "ENGINE_ARGS: vLLM has no engine argument no_such_argument" in error["message"]
 
 
 async def test_the_engine_is_killed(vllm: VllmService, caller: Caller, session: str) -> None:

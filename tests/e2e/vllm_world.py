@@ -108,7 +108,10 @@ class VllmService:
     def __init__(self, services: Services, engine: APIClient) -> None:
         require_image(engine)
         self.engine = engine
-        self.service: Service = services.own(CPU_SLOTS=2, SESSION_IDLE_TIMEOUT_SECONDS=600)
+        # The engine shares the processors with all that looks at it, so patience.
+        self.service: Service = services.own(
+            CPU_SLOTS=2, SESSION_IDLE_TIMEOUT_SECONDS=600, CANCEL_GRACE_SECONDS=20
+        )
         (self.service.folder / "presets.yaml").write_text(yaml.safe_dump(presets_with("docker")))
         self.model = self.service.models / "tiny"
         make_model(engine, self.model)
