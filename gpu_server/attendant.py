@@ -176,7 +176,7 @@ class Attendant:
         self._stage("model")
         model = await launch.prepare_model(self._tell_model)
         if model is not None and self._hydration is None:
-            self._hydration = self._spawn("hydration", launch.hydrate(model))
+            self._hydration = self._spawn("hydration", self._hydrate(launch, model))
         self._stage("image")
         await self._runtime.require_image(launch.image)
         self._stage("container")
@@ -192,10 +192,17 @@ class Attendant:
             await self._until_ready()
         self._is_ready()
 
+    async def _hydrate(self, launch: Launch, model: Path) -> None:
+        """Reading ahead may fail, whatever the reason: the worker then reads for itself."""
+        try:
+            await launch.hydrate(model)
+        except Exception:  # noqa: BLE001  # whatever it is, the start is only slower, and it is logged
+            self._log.exception("model.not_hydrated")
+
     def _is_ready(self) -> None:
         self._ready = True
-        if self._hydration is not None:
-            self._hydration.cancel()  # what the worker has not read by now it does not need
+        if self._hydration is not None and self.plan.contract is Contract.HTTP:
+            self._hydration.cancel()  # the worker has loaded; a program only begins to
         self._attached.set()
         self._host.report(ev.WorkerReady(session_id=self.plan.session_id))
 

@@ -2,8 +2,7 @@
 
 It needs torch and transformers, which the vLLM images have, and no network:
 
-    docker run --rm --network none --user "$(id -u)" -e HOME=/tmp -v "$PWD/scripts:/scripts:ro" -v "$FOLDER:/out" \
-        gpu-server/vllm-cpu:dev /venv/bin/python /scripts/make_tiny_model.py /out/tiny
+    ./scripts/make_tiny_model.sh FOLDER
 """
 
 import sys

@@ -82,11 +82,16 @@ class Failure:
 
     `code` is a `FailureCode`, or the worker's own code where the worker reported the failure. `from_worker`:
     the message holds the worker's own words, and so perhaps a tenant's data: it is never written to a disk.
+    It is always text that can be encoded: it may quote a file's name, which need not be.
     """
 
     code: str
     message: str
     from_worker: bool = False
+
+    def __post_init__(self) -> None:
+        plain = self.message.encode("utf-8", "backslashreplace").decode("utf-8")
+        object.__setattr__(self, "message", plain)
 
 
 class Refusal(Exception):

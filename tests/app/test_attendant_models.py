@@ -16,13 +16,16 @@ from gpu_server.presets import Preset
 from tests.app.world import IMAGE, engine_world
 
 WITH_WEIGHTS = Preset(docker_image=IMAGE)
+PROGRAM = Preset(docker_image=IMAGE, contract="exec")
 
 
 class PlayedStore:
     """A store that waits until it is told to go on, and knows what was asked of it."""
 
-    def __init__(self, folder: Path, refusal: StartRefused | None = None) -> None:
-        self.folder, self.refusal = folder, refusal
+    def __init__(
+        self, folder: Path, refusal: StartRefused | None = None, hydration: Exception | None = None
+    ) -> None:
+        self.folder, self.refusal, self.hydration = folder, refusal, hydration
         self.go_on, self.asked = asyncio.Event(), asyncio.Event()
         self.hydrating, self.let_go = asyncio.Event(), asyncio.Event()
         self.tell: Callable[[int, int | None], None] = lambda done, total: None
@@ -45,6 +48,8 @@ class PlayedStore:
     async def hydrate(self, folder: Path) -> None:
         assert folder == self.folder
         self.hydrating.set()
+        if self.hydration is not None:
+            raise self.hydration
         try:
             await asyncio.Event().wait()
         finally:
@@ -105,3 +110,42 @@ async def test_a_session_that_ends_waits_for_its_model_no_longer(tmp_path: Path)
         async with asyncio.timeout(20):
             await store.let_go.wait()
         await world.free()
+
+
+async def test_a_program_is_read_ahead_for_until_it_ends(tmp_path: Path) -> None:
+    """It begins to load where a worker of sessions is ready."""
+    store = PlayedStore(tmp_path)
+    store.go_on.set()
+    async with engine_world(tmp_path, models=store) as world:
+        _, session_id = world.submit(preset=PROGRAM)
+        await world.until(lambda: session_id in world.started)
+        await store.hydrating.wait()
+        assert not store.let_go.is_set()
+        world.machine.exit(world.container(session_id), 0)
+        async with asyncio.timeout(20):
+            await store.let_go.wait()
+        await world.free()
+
+
+async def test_reading_ahead_that_fails(tmp_path: Path) -> None:
+    """It costs time, and nothing else."""
+    store = PlayedStore(tmp_path, hydration=RuntimeError("can't start new thread"))
+    store.go_on.set()
+    async with engine_world(tmp_path, models=store) as world:
+        task_id, _ = world.submit(preset=WITH_WEIGHTS, prompt="x")
+        events = await world.events(task_id)
+        assert store.hydrating.is_set()
+        assert events[-1].data["status"] == "completed"
+
+
+async def test_a_reason_that_is_no_text(tmp_path: Path) -> None:
+    """A file's name need not be UTF-8, and may be in the reason: the session fails with it, the node does
+    not."""
+    name = b"caf\xe9.txt".decode("utf-8", "surrogateescape")
+    store = PlayedStore(tmp_path, StartRefused(FailureCode.MODEL_DAMAGED, f"{name}: is not in the manifest"))
+    store.go_on.set()
+    async with engine_world(tmp_path, models=store) as world:
+        task_id, session_id = world.submit(preset=WITH_WEIGHTS)
+        assert await world.ended(session_id) == ("failed", "start_failed", "model_damaged")
+        error = (await world.events(task_id))[-1].data["error"]
+        assert error["message"] == "caf\\udce9.txt: is not in the manifest"
