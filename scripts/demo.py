@@ -1,5 +1,5 @@
 """The main job, seen: start the service, run two tasks in one session and a one-off, kill the service in the
-middle of a stream and start it again; print every event.
+middle of a stream and start it again, chat by the OpenAI interface; print every event.
 
 Run it by ./scripts/demo.sh, which sets up what it needs. `--once` ends after the tasks.
 """
@@ -98,11 +98,12 @@ async def demo(*, once: bool) -> int:
                 },
                 after_words=(3, served.kill_and_start),
             )
+            answered = await show_openai(served)
             console.print(
                 f"\nFirst word after: [bold]{first['first_word']:.2f} s[/] with a cold start,"
                 f" [bold green]{second['first_word']:.3f} s[/] in the warm session."
             )
-            tasks = (first, second, oneoff, killed)
+            tasks = (first, second, oneoff, killed, answered)
             failed = [task for task in tasks if task["status"] != "completed"]
             if failed:
                 console.print(f"[red]{len(failed)} of {len(tasks)} tasks did not complete[/]")
@@ -151,6 +152,28 @@ async def show(
             if words == 1:
                 await do()
     return told
+
+
+async def show_openai(served: Served) -> dict[str, Any]:
+    """A chat by the OpenAI interface, as any client of OpenAI's would ask for it; each line of the stream."""
+    console.print("\n[bold]5. The OpenAI interface: a chat, as any client of OpenAI would stream it[/]")
+    body = {
+        "model": "echo",
+        "messages": [{"role": "user", "content": "Any OpenAI client will do."}],
+        "stream": True,
+    }
+    began, lines = time.monotonic(), []
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {served.key}"}) as http,
+        http.post(f"{served.url}/v1/chat/completions", json=body) as answer,
+    ):
+        async for line in answer.content:
+            if text := line.decode().strip():
+                lines.append(text)
+                console.print(f"  {time.monotonic() - began:8.3f} s  ", end="")
+                console.print(text, markup=False)
+    completed = answer.status == 200 and lines[-1:] == ["data: [DONE]"]
+    return {"status": "completed" if completed else "failed"}
 
 
 class Served:
