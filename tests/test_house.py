@@ -117,6 +117,7 @@ def test_other_names_are_real() -> None:
     """A name in capitals that the documents set in code type is a setting, or one we know of."""
     known = {name.upper() for name in Settings.model_fields} | {
         "DELETE",
+        "GPU_COUNT",
         "GPU_SERVER_API_KEY",
         "GPU_SERVER_URL",
         "GPU_SERVER_TENANT",
@@ -124,6 +125,7 @@ def test_other_names_are_real() -> None:
         "GPU_WORKER_SOCKET",
         "HOME",
         "LOGNAME",
+        "MAX_CONCURRENT_TASKS",
         "POST",
         "MODEL_ID",
         "TASK_ID",

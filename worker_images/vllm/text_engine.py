@@ -6,6 +6,7 @@ Made for vLLM 0.32; what it takes from vLLM's inside is in this file.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -90,6 +91,9 @@ async def load(environment: Mapping[str, str], progress: Progress, worker: Worke
     await progress("first token", 0, None)
     engine = Engine(starting.result(), console, tap, worker.fail)
     await engine.warm_up()
+    # All that vLLM has made so far stays; to look through it again and again held up tokens for up to 1 s.
+    gc.collect()
+    gc.freeze()
     return engine
 
 
