@@ -109,7 +109,7 @@ def test_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("MODEL_SOURCE_S3_URI", "s3://"),
         ("MODEL_SOURCE_S3_URI", "s3://Bucket/a b"),
         ("FILE_SERVICE_URL", "files:8080"),
-        ("FILE_SERVICE_URL", "http://user:word@files"),
+        ("FILE_SERVICE_URL", "http://user" + ":word@files"),
         ("FILE_SERVICE_URL", "http://files/?key=1"),
         ("FILE_SERVICE_INTERNAL_KEY", "two\nlines"),
         ("GPU_MEMORY_UTILIZATION", "0"),
