@@ -11,6 +11,7 @@ import pytest
 from docker import APIClient
 
 from tests.e2e.harness import Caller, Following, Services
+from tests.e2e.openai_features import FEATURES, Feature, Target
 from tests.e2e.vllm_world import ENGINE_ARGS, LOAD_SECONDS, TASKS, VllmService, run_in_image
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2 * LOAD_SECONDS)]
@@ -253,6 +254,13 @@ async def test_structured_output(caller: Caller, session: str) -> None:
     task = await run(caller, session, prompt="x", seed=3, max_tokens=400, response_format=wanted)
     assert task.of("text")[0]["finish_reason"] == "stop"
     assert json.loads(whole(task)).keys() == {"colour", "count"}
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.__name__)
+async def test_the_official_client(vllm: VllmService, caller: Caller, session: str, feature: Feature) -> None:
+    """Each feature of the OpenAI interface, in the session that is there."""
+    service = vllm.service
+    await feature(Target(url=service.url, key=service.key, tenant=caller.tenant, model="tiny", chooses=True))
 
 
 async def test_an_engine_argument_that_is_none(caller: Caller) -> None:
