@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from gpu_server import presets
 from gpu_server.drivers.model_folder import (
@@ -85,7 +86,8 @@ def list_(
     table = Table("model", "size", "files", "version", "state", "presets", box=None)
     for entry in entries:
         row = (entry.model_id, decimal(entry.bytes), str(entry.files), entry.version or "", entry.state)
-        table.add_row(*row, " ".join(entry.presets))
+        # As texts: versions and names of files are anybody's, and may look like markup.
+        table.add_row(*map(Text, (*row, " ".join(entry.presets))))
     out.print(table)
 
 
@@ -153,6 +155,7 @@ def upload(
     to: Annotated[
         str | None, typer.Option(help="s3://bucket/prefix; MODEL_SOURCE_S3_URI by default.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another version that is there.")] = False,
 ) -> None:
     """Verify a model and put it into S3, its manifest last. What is there already is not sent again."""
     settings = _settings() if to is None else _settings(model_source_s3_uri=to)
@@ -165,7 +168,10 @@ def upload(
     folder, wanted, found = _look(store, model_id)
     if wanted is None:
         raise _failed(f"{model_id}: has no manifest.json; `gpu-server models manifest` writes one")
-    done = _run(f"uploading {model_id}", lambda tell: send(uri, model_id, folder, wanted, found, tell))
+    done = _run(
+        f"uploading {model_id}",
+        lambda tell: send(uri, model_id, folder, wanted, found, tell, force=force),
+    )
     out.print(f"{model_id}: {len(done.sent)} files sent, {done.kept} were there", markup=False)
     for path in done.strays:
         err.print(f"{uri}/{model_id}/{path} is not in the manifest: remove it", style="yellow", markup=False)
@@ -239,7 +245,12 @@ def _presets_by_model(settings: Settings) -> dict[str, tuple[str, ...]]:
 
 def _run(title: str, work: Callable[[Tell], Coroutine[Any, Any, Any]]) -> Any:
     """Do something long, and show on a terminal how far it is; every way it can fail is exit status 1."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     try:
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task(title, total=None)

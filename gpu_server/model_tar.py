@@ -51,6 +51,7 @@ class TarReader:
         self._left = self._padding = 0
         self._extension: str | None = None
         self._pax: dict[str, str] = {}
+        self._sparse = False
         self._long_name: str | None = None
         self._zeros = self._members = self._announced = 0
         self._max_bytes = max_bytes
@@ -110,7 +111,7 @@ class TarReader:
                 self._extension, self._left, self._padding = _EXTENSIONS[kind], size, -size % BLOCK
             return None
         name = self._name(block)
-        self._pax, self._long_name = {}, None
+        self._pax, self._sparse, self._long_name = {}, False, None
         return self._member(name, kind, size, mode=_number(block[100:108]) or 0)
 
     def _member(self, name: str, kind: bytes, size: int, *, mode: int) -> Member | None:
@@ -153,7 +154,7 @@ class TarReader:
             name = _text(block[:100])
             if block[257:263] == b"ustar\0" and block[345:500].strip(b"\0"):
                 name = f"{_text(block[345:500])}/{name}"
-        if any(key.startswith("GNU.sparse") for key in self._pax):
+        if self._sparse:
             raise TarError(f"{name[:200]!r} is a sparse file; pack it whole")
         return name
 
@@ -163,7 +164,11 @@ class TarReader:
         if kind == "name":
             self._long_name = _text(content)
         elif kind == "pax":
-            self._pax |= _records(content)
+            # Only what is looked at is kept: there may be many such headers before one member.
+            for key, value in _records(content).items():
+                if key in ("path", "size"):
+                    self._pax[key] = value
+                self._sparse = self._sparse or key.startswith("GNU.sparse")
         elif kind == "pax for all" and {"path", "size"} & set(_records(content)):
             raise TarError("a header gives all members the same name or size")
 

@@ -25,6 +25,7 @@ from pydantic import (
 
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.sessions import Workload
+from gpu_server.core.slots import Tier
 from gpu_server.ports import Contract, Limits
 
 _SIZE = re.compile(r"(\d+)([kmg]?)", re.IGNORECASE)
@@ -87,6 +88,8 @@ class Preset(BaseModel):
     shm_size: Size = 64 << 20
     openai: bool = False
     """Whether the OpenAI routes serve the model with this preset: its worker generates text."""
+    task_difficulty: Literal["low", "high"] | None = None
+    """The tier of the sessions that the OpenAI routes start; those requests cannot name one."""
 
     @model_validator(mode="after")
     def _one_task_in_exec(self) -> Preset:
@@ -108,6 +111,10 @@ class Preset(BaseModel):
             max_concurrent_tasks=self.max_concurrent_tasks,
             start_timeout=self.start_timeout_seconds,
         )
+
+    @property
+    def tier(self) -> Tier | None:
+        return Tier(self.task_difficulty) if self.task_difficulty else None
 
     @property
     def worker_contract(self) -> Contract:
@@ -178,10 +185,10 @@ class Presets:
             )
         return preset
 
-    def openai_preset(self, model_id: str) -> str | None:
-        """The name of the preset that serves the OpenAI routes for this model; None where there is none."""
+    def openai_preset(self, model_id: str) -> tuple[str, Preset] | None:
+        """The preset that serves the OpenAI routes for this model, and its name; None where there is none."""
         presets = self._models.get(model_id, {})
-        return next((name for name, preset in presets.items() if preset.openai), None)
+        return next(((name, preset) for name, preset in presets.items() if preset.openai), None)
 
     def openai_models(self) -> list[str]:
         """The models that the OpenAI routes serve, but those whose image may not be started."""

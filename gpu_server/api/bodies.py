@@ -9,9 +9,27 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from gpu_server.api.auth import authenticate
 from gpu_server.core.errors import Refusal, RefusalCode
+
+
+class ClosedBody(BaseModel):
+    """A JSON object with these fields, and no other."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, body: object) -> object:
+        """Of the fields that are not known the first alone: pydantic would tell each of a million, and keep
+        everyone else waiting meanwhile."""
+        if not isinstance(body, dict) or len(body) <= len(cls.model_fields):
+            return body
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in body if name not in known)
+        return {name: value for name, value in body.items() if name in known or name == unknown}
 
 
 class BoundedRequest(Request):

@@ -59,7 +59,8 @@ async def models(service: TheService, tenant: Tenant) -> ModelList:
 @router.get("/models/{model_id:path}")
 async def model(model_id: str, service: TheService, tenant: Tenant) -> ModelView:
     """One of them."""
-    _preset_of(service, model_id)
+    if model_id not in service.presets.openai_models():
+        raise _unknown(model_id)
     return _model_view(service, model_id)
 
 
@@ -94,24 +95,36 @@ async def _answer(
     keys: IdempotencyKeys,
     pinned: str | None,
 ) -> Response:
-    engine, preset = service.engine, _preset_of(service, body.model)
+    engine, timeout = service.engine, service.settings.default_task_timeout
+    found = service.presets.openai_preset(body.model)
+    if found is None:
+        raise _unknown(body.model)
+    preset_name, preset = found
     chat, asked = isinstance(body, ChatBody), body.metadata()
     key = keys.key_of("openai", chat, body.model, asked, body.stream, body.include_usage, pinned)
     known = known_request(engine.node.task_keys, engine.node.tasks, tenant, key) if key else None
     session_id = pinned
     if known is None and pinned is None:
-        session_id = choose_session(engine.node, tenant, body.model, preset)
+        session_id = choose_session(
+            engine.node,
+            tenant,
+            body.model,
+            preset_name,
+            tier=preset.tier,
+            timeout=timeout,
+            now=engine.clock.now(),
+        )
     task_id = engine.submit(
         Submission(
             task_id=new_id("t"),
             tenant=tenant,
             task_type=TaskType.SESSION,
-            tier=None,
+            tier=preset.tier if session_id is None else None,
             model_id=body.model,
-            task_preset=preset,
+            task_preset=preset_name,
             session_id=session_id,
             new_session_id=new_id("s"),
-            timeout=service.settings.default_task_timeout,
+            timeout=timeout,
             body=orjson.dumps({"metadata": asked}),
             key=key,
         )
@@ -127,20 +140,18 @@ async def _answer(
         chat=chat, task_id=task_id, model=body.model, created=int(unix_time(service, task.created_at))
     )
     answer: Chunks | Whole
+    logprobs = body.alternatives is not None
     if body.stream:
-        answer = Chunks(heading, include_usage=body.include_usage)
+        answer = Chunks(heading, include_usage=body.include_usage, logprobs=logprobs)
     else:
-        answer = Whole(heading, logprobs=body.alternatives is not None)
+        answer = Whole(heading, logprobs=logprobs)
     await asyncio.sleep(0)  # the task is on its way to a warm worker while the response is being set up
     return TaskAnswer(service, task, stream, answer, headers, keyed=key is not None)
 
 
-def _preset_of(service: Service, model_id: str) -> str:
-    preset = service.presets.openai_preset(model_id)
-    if preset is None:
-        message = f"no model {model_id!r} is served here; GET /v1/models lists those that are"
-        raise Refusal(RefusalCode.MODEL_NOT_FOUND, message)
-    return preset
+def _unknown(model_id: str) -> Refusal:
+    message = f"no model {model_id!r} is served here; GET /v1/models lists those that are"
+    return Refusal(RefusalCode.MODEL_NOT_FOUND, message)
 
 
 def _model_view(service: Service, model_id: str) -> ModelView:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 from fastapi import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gpu_server.api.openai_errors import OpenAIError
 from gpu_server.api.openai_stream import Chunks, Whole
@@ -57,16 +57,19 @@ class TaskAnswer(Response):
         """Answer, or stop when the client has gone."""
         engine = self._service.engine
         engine.report(ev.ReaderCame(task_id=self._task.id))
+        client_gone = False
         try:
             async with asyncio.TaskGroup() as group:
                 gone = group.create_task(_until_gone(receive))
                 answering = group.create_task(self._follow(send))
                 await asyncio.wait((gone, answering), return_when=asyncio.FIRST_COMPLETED)
+                client_gone = not answering.done()
                 gone.cancel()
                 answering.cancel()
         finally:
             if not self._keyed and not self._task.ended:
-                log.info("task.client_gone", task_id=self._task.id)
+                if client_gone:
+                    log.info("task.client_gone", task_id=self._task.id)
                 with suppress(Refusal):  # the service is being replaced: then the next life sees to it
                     engine.decide(ev.TaskCancelRequested(task_id=self._task.id, tenant=self._task.tenant))
             engine.report(ev.ReaderLeft(task_id=self._task.id))
@@ -82,6 +85,8 @@ class TaskAnswer(Response):
         async with aclosing(self._stream.read()) as reading:
             async for frames in reading:
                 whole.feed(frames)
+                if whole.over:
+                    break
         if not whole.over:
             whole.cut_off()
         if whole.failure is not None:
@@ -131,11 +136,15 @@ class TaskAnswer(Response):
 
 
 class _Wire:
-    """One answer's way out: the head once, and bytes in the order of the calls, also of several tasks'."""
+    """One answer's way out: the head once, and bytes in the order of the calls, also of several tasks'.
+
+    Who begins it may be cancelled before the head is out; then the next call sends that first.
+    """
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self.begun = False
         self._send, self._headers = send, headers
+        self._head: Message | None = None  # while it has still to be sent
         self._turn = asyncio.Lock()
 
     async def begin(self, headers: Mapping[str, str], status: int = 200) -> None:
@@ -143,13 +152,20 @@ class _Wire:
         self.begun = True
         merged = {**self._headers, **headers}
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in merged.items()]
+        self._head = {"type": "http.response.start", "status": status, "headers": raw}
         async with self._turn:
-            await self._send({"type": "http.response.start", "status": status, "headers": raw})
+            await self._send_head()
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send some of the body."""
         async with self._turn:
+            await self._send_head()
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _send_head(self) -> None:
+        if self._head is not None:
+            await self._send(self._head)
+            self._head = None
 
     async def end(self) -> None:
         """There is no more."""

@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from gpu_server.api.bodies import ClosedBody
 
 UNSUPPORTED = "unsupported_parameter"
 COMPLETION_MAX_TOKENS = 16
 """`max_tokens` of /v1/completions where it is left out, as OpenAI has it."""
+MAX_MESSAGES = 4096
+MAX_PARTS = 16_384
+MAX_BIASES = 1024
+MAX_STOPS = 16
 
 _CHAT_NOT_SUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
@@ -71,19 +77,15 @@ def _without(refused: Mapping[str, tuple[object, ...]], body: object) -> object:
     return left
 
 
-class _Part(BaseModel):
+class _Part(ClosedBody):
     """A part of a message's content. Images, audio and files are not supported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(ClosedBody):
     """One message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[_Part], Field(min_length=1, fail_fast=True)]
@@ -95,8 +97,8 @@ class Message(BaseModel):
         return _without(_MESSAGE_NOT_SUPPORTED, message)
 
 
-class _JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
+class _JsonSchema(ClosedBody):
+    model_config = ConfigDict(serialize_by_alias=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
@@ -104,10 +106,10 @@ class _JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class _ResponseFormat(BaseModel):
+class _ResponseFormat(ClosedBody):
     """What the answer must look like."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
+    model_config = ConfigDict(serialize_by_alias=True)
 
     type: Literal["text", "json_object", "json_schema"]
     schema_: Annotated[_JsonSchema | None, Field(alias="json_schema")] = None
@@ -119,10 +121,8 @@ class _ResponseFormat(BaseModel):
         return self
 
 
-class _StreamOptions(BaseModel):
+class _StreamOptions(ClosedBody):
     """What a stream holds beside the text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
 
@@ -132,19 +132,33 @@ class _StreamOptions(BaseModel):
         return _without({"include_obfuscation": (False,)}, options)
 
 
+def _few_biases(bias: object) -> object:
+    """Before the entries are looked at one by one, since of those every mistake is told."""
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise _wrong("logit_bias", f"logit_bias may have at most {MAX_BIASES} entries")
+    return bias
+
+
+def _stops(stop: object) -> object:
+    """In one sentence: of a value that may have two forms the mistakes in both would be told."""
+    texts = stop if isinstance(stop, list) else [stop]
+    if len(texts) > MAX_STOPS or not all(isinstance(text, str) and text for text in texts):
+        raise _wrong("stop", f"stop must be a text, or a list of up to {MAX_STOPS}, none of them empty")
+    return stop
+
+
 _Text = Annotated[str, Field(min_length=1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 _TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 _Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Stop = _Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)]
 
 
-class _Generation(BaseModel):
+class _Generation(ClosedBody):
     """What both endpoints have. The five last are not OpenAI's but vLLM's: a client sends them in its
     `extra_body`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool = False
@@ -154,9 +168,9 @@ class _Generation(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    logit_bias: dict[_TokenIdText, _Bias] | None = None
+    logit_bias: Annotated[dict[_TokenIdText, _Bias], BeforeValidator(_few_biases)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: _Text | Annotated[list[_Text], Field(max_length=16, fail_fast=True)] | None = None
+    stop: Annotated[_Stop, BeforeValidator(_stops)] | None = None
     user: str | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
@@ -184,7 +198,7 @@ class _Generation(BaseModel):
     def metadata(self) -> dict[str, Any]:
         """The task's metadata: what was asked for, under the names of the contract."""
         asked = self.model_dump(exclude_none=True, exclude=_NOT_FOR_THE_WORKER)
-        for name, nothing in (("stop", []), ("logit_bias", {}), ("response_format", {"type": "text"})):
+        for name, nothing in _NOTHING.items():
             if asked.get(name) == nothing:
                 del asked[name]
         if self.alternatives is not None:
@@ -192,16 +206,37 @@ class _Generation(BaseModel):
         return asked
 
 
+_NOTHING: Mapping[str, object] = {
+    "stop": [],
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "min_tokens": 0,
+    "ignore_eos": False,
+}
+"""Values that ask for nothing, also of workers that do not know the parameter."""
 _NOT_FOR_THE_WORKER = {
     *("model", "stream", "stream_options", "user", "safety_identifier"),
     *("logprobs", "top_logprobs", "max_completion_tokens"),
 }
 
 
+def _few_parts(messages: object) -> object:
+    """Of all messages together, before any of them becomes an object: a body has room for 300,000."""
+    if isinstance(messages, list):
+        contents = (message.get("content") for message in messages if isinstance(message, dict))
+        if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
+            raise _wrong("messages", f"messages may have at most {MAX_PARTS} parts together")
+    return messages
+
+
 class ChatBody(_Generation):
     """A conversation, to be answered by the assistant's next message."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[Message],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        BeforeValidator(_few_parts),
+    ]
     max_completion_tokens: _Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

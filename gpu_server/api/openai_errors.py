@@ -22,6 +22,7 @@ from gpu_server.core.admission import RETRY_AFTER_SECONDS
 from gpu_server.core.errors import FailureCode, Refusal, RefusalCode
 
 PREFIX = "/v1/"
+ANSWER_TOO_LARGE = "answer_too_large"
 _STATUS: Mapping[RefusalCode, int] = {
     **STATUS,
     RefusalCode.INVALID_REQUEST: 400,
@@ -30,6 +31,7 @@ _STATUS: Mapping[RefusalCode, int] = {
 _FAILURE_STATUS: Mapping[str, int] = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
+    ANSWER_TOO_LARGE: 400,
     FailureCode.TASK_CANCELLED: 409,
     FailureCode.CLIENT_GONE: 409,
     FailureCode.SESSION_KILLED: 409,
@@ -124,13 +126,16 @@ def invalid(mistakes: Sequence[Mapping[str, Any]], body: object) -> OpenAIError:
         return OpenAIError(status=400, code="invalid_value", message="the request is not valid")
     param, mistake = max(told, key=lambda pair: pair[0].count(".") + pair[0].count("["))
     kind = str(mistake["type"])
+    if kind == "json_invalid" or not param:
+        message = "the body must be a JSON object, with Content-Type: application/json"
+        return OpenAIError(status=400, code="invalid_value", message=message)
     code = UNSUPPORTED if kind == UNSUPPORTED else "invalid_value"
     message = str(mistake["msg"]) if "why" in mistake.get("ctx", {}) else f"{param}: {mistake['msg']}"
     if kind == "extra_forbidden":
         code, message = "unknown_parameter", f"{param} is not a parameter of this route"
     elif kind == "missing":
         code, message = "missing_required_parameter", f"{param} is missing"
-    return OpenAIError(status=400, code=code, message=message, param=param or None)
+    return OpenAIError(status=400, code=code, message=message, param=param)
 
 
 def _param(mistake: Mapping[str, Any], body: object) -> str:

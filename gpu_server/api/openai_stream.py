@@ -13,10 +13,12 @@ from typing import Any
 
 import orjson
 
-from gpu_server.api.openai_errors import OpenAIError, failed, refused
+from gpu_server.api.openai_errors import ANSWER_TOO_LARGE, OpenAIError, failed, refused
 from gpu_server.core.errors import FailureCode, Refusal, RefusalCode
 
 DONE = b"data: [DONE]\n\n"
+MAX_LOGPROBS_BYTES = 32 << 20
+"""Of one answer that is not streamed: about 20,000 tokens with 20 alternatives each."""
 _EVENT = re.compile(
     rb"id: [0-9]+\nevent: (?:"
     rb'text_delta\ndata: \{"delta":("[^"\\]*(?:\\.[^"\\]*)*")\}'
@@ -26,6 +28,8 @@ _EVENT = re.compile(
 _STAGE = re.compile(r"[a-z_]{1,32}")  # a worker says it, and a comment must stay one line
 _USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 _FINISH_REASONS = ("stop", "length")
+_OF_THE_TEXT = (None, b"text_delta", b"text")  # None: a delta that is text alone
+_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 class _Broken(Exception):
@@ -58,11 +62,12 @@ class _Events:
     `failure` says why there will be no answer. After it, or when `over`, no event changes anything.
     """
 
-    def __init__(self, heading: Heading) -> None:
+    def __init__(self, heading: Heading, *, logprobs: bool) -> None:
         self.failure: OpenAIError | None = None
         self.over = False
         self._heading = heading
-        self._logprobs = _Logprobs(heading.chat)
+        self._logprobs = _Logprobs(heading.chat) if logprobs else None  # None: whatever comes is left out
+        self._gap_seen = False
         self._finish_reason: str | None = None
         self._usage: dict[str, int] | None = None
 
@@ -70,6 +75,16 @@ class _Events:
         """There will be no further event: the service is being replaced."""
         message = "the service is being replaced by another version"
         self._fail(refused(Refusal(RefusalCode.SHUTTING_DOWN, message, retry_after=1)))
+
+    def _read(self, frames: bytes) -> Iterator[tuple[bytes | None, bytes, bytes]]:
+        """Each event up to the end as (the JSON string of a plain delta, its name, its data); the name only
+        where the first is None. Raises `_Broken`."""
+        for match in _EVENT.finditer(frames):
+            if self.over:
+                return
+            if self._finish_reason is not None and match[2] in _OF_THE_TEXT:
+                raise _Broken("the worker went on with the text after its `text`")
+            yield match.groups()  # type: ignore[misc]
 
     def _fail(self, error: OpenAIError) -> None:
         self.failure, self.over = error, True
@@ -83,6 +98,9 @@ class _Events:
         if data["status"] != "completed":
             error = data.get("error") or {"code": data["status"], "message": f"the task is {data['status']}"}
             self._fail(failed(error["code"], error["message"]))
+            return
+        if self._finish_reason is None and self._gap_seen:
+            self._lost()
             return
         if self._finish_reason is None:
             raise _Broken("the worker did not say why it stopped")
@@ -99,9 +117,10 @@ class _Events:
 class Chunks(_Events):
     """The answer as a stream. `begun`: there is something to show of it."""
 
-    def __init__(self, heading: Heading, *, include_usage: bool) -> None:
-        super().__init__(heading)
+    def __init__(self, heading: Heading, *, include_usage: bool, logprobs: bool = False) -> None:
+        super().__init__(heading, logprobs=logprobs)
         self.begun = False
+        self._text_sent = False
         self._include_usage = include_usage
         self._comments: dict[bytes, None] = {}
         head = b"data: " + orjson.dumps(heading.fields(chunk=True))[:-1] + b',"choices":['
@@ -115,13 +134,12 @@ class Chunks(_Events):
         """The chunks that these events make, ready to be sent; with the last of them the stream's end."""
         out: list[bytes] = []
         try:
-            for quoted, name, raw in _read(frames):
-                if self.over:
-                    break
+            for quoted, name, raw in self._read(frames):
                 if quoted is not None:
                     if not self.begun:
                         out.append(self._begin())
                     if quoted != b'""':
+                        self._text_sent = True
                         out.append(self._before + quoted + self._after)
                 else:
                     out.extend(self._take(name, raw))
@@ -138,13 +156,13 @@ class Chunks(_Events):
         match name:
             case b"text_delta":
                 data = orjson.loads(raw)
-                if not self.begun:
-                    yield self._begin()
-                logprobs = self._logprobs.take(data.get("logprobs"))
-                if data["delta"] or logprobs is not None:
-                    yield self._chunk(data["delta"], logprobs, None)
+                logprobs = self._logprobs.take(data.get("logprobs")) if self._logprobs else None
+                yield from self._say(data["delta"], logprobs)
             case b"text":
-                self._text_ended(orjson.loads(raw))
+                data = orjson.loads(raw)
+                self._text_ended(data)
+                if not self._text_sent:
+                    yield from self._say(data["text"], None)
             case b"task_finish":
                 self._ended(orjson.loads(raw))
                 if self.failure is None:
@@ -153,6 +171,13 @@ class Chunks(_Events):
                 self._lost()
             case b"connection" | b"queue" | b"progress" | b"worker" if not self.begun:
                 self._comments[_comment(name, orjson.loads(raw))] = None
+
+    def _say(self, text: str, logprobs: dict[str, Any] | None) -> Iterator[bytes]:
+        if not self.begun:
+            yield self._begin()
+        if text or logprobs is not None:
+            self._text_sent = self._text_sent or text != ""
+            yield self._chunk(text, logprobs, None)
 
     def _begin(self) -> bytes:
         """A chat's first chunk says whose message this is."""
@@ -183,17 +208,15 @@ class Chunks(_Events):
 class Whole(_Events):
     """The answer as one object; `body` is that, once it is `over`."""
 
-    def __init__(self, heading: Heading, *, logprobs: bool) -> None:
-        super().__init__(heading)
-        self._with_logprobs = logprobs
+    def __init__(self, heading: Heading, *, logprobs: bool = False) -> None:
+        super().__init__(heading, logprobs=logprobs)
         self._text = ""
+        self._told = {name: bytearray() for name in (("content",) if heading.chat else _COLUMNS)}
 
     def feed(self, frames: bytes) -> None:
         """Take some events."""
         try:
-            for quoted, name, raw in _read(frames):
-                if self.over:
-                    break
+            for quoted, name, raw in self._read(frames):
                 if quoted is None:
                     self._take(name, raw)
         except _Broken as broken:
@@ -201,8 +224,9 @@ class Whole(_Events):
 
     def _take(self, name: bytes, raw: bytes) -> None:
         match name:
-            case b"text_delta" if self._with_logprobs:
-                self._logprobs.take(orjson.loads(raw).get("logprobs"))
+            case b"text_delta" if self._logprobs:
+                if told := self._logprobs.take(orjson.loads(raw).get("logprobs")):
+                    self._keep(told)
             case b"text":
                 data = orjson.loads(raw)
                 self._text_ended(data)
@@ -211,8 +235,20 @@ class Whole(_Events):
                 self._ended(orjson.loads(raw))
             case b"gap":
                 # What `text` says is the whole text, whatever was lost before it.
-                if self._with_logprobs or self._finish_reason is not None:
+                self._gap_seen = True
+                if self._logprobs or self._finish_reason is not None:
                     self._lost()
+
+    def _keep(self, told: Mapping[str, Any]) -> None:
+        """Encoded, since the objects would take many times as much memory."""
+        for name, kept in self._told.items():
+            kept += (b"," if kept else b"") + orjson.dumps(told[name])[1:-1]
+        if sum(map(len, self._told.values())) > MAX_LOGPROBS_BYTES:
+            message = (
+                f"the log probabilities of this answer take more than {MAX_LOGPROBS_BYTES} bytes;"
+                " stream it, or ask for fewer alternatives or tokens"
+            )
+            self._fail(failed(ANSWER_TOO_LARGE, message))
 
     def body(self) -> bytes:
         """The answer."""
@@ -221,7 +257,10 @@ class Whole(_Events):
             choice["message"] = {"role": "assistant", "content": self._text, "refusal": None}
         else:
             choice["text"] = self._text
-        choice["logprobs"] = self._logprobs.all() if self._with_logprobs else None
+        choice["logprobs"] = None
+        if self._logprobs:
+            told = {name: orjson.Fragment(b"[" + kept + b"]") for name, kept in self._told.items()}
+            choice["logprobs"] = {**told, "refusal": None} if self._heading.chat else told
         choice["finish_reason"] = self._finish_reason
         answer = self._heading.fields(chunk=False) | {"choices": [choice], "usage": self._usage}
         return orjson.dumps(answer)
@@ -232,7 +271,6 @@ class _Logprobs:
 
     def __init__(self, chat: bool) -> None:
         self._chat = chat
-        self._taken: list[dict[str, Any]] = []
         self._offset = 0
 
     def take(self, tokens: object) -> dict[str, Any] | None:
@@ -240,35 +278,17 @@ class _Logprobs:
         if not tokens:
             return None
         try:
-            told = self._content(tokens) if self._chat else self._legacy(tokens)
-        except (KeyError, TypeError, AttributeError):
+            checked = [
+                _checked(token) | {"top_logprobs": [_checked(other) for other in token["top_logprobs"]]}
+                for token in tokens  # type: ignore[attr-defined]
+            ]
+        except (KeyError, TypeError):
             raise _Broken("the worker's logprobs are not what the contract says") from None
-        self._taken.append(told)
-        return told
+        return {"content": checked, "refusal": None} if self._chat else self._legacy(checked)
 
-    def all(self) -> dict[str, Any]:
-        """Those of the whole answer."""
-        names = ("content",) if self._chat else ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        joined: dict[str, Any] = {name: [item for one in self._taken for item in one[name]] for name in names}
-        return joined | {"refusal": None} if self._chat else joined
-
-    def _content(self, tokens: Any) -> dict[str, Any]:
-        fields = ("token", "logprob", "bytes")
-        content = [
-            {name: token[name] for name in fields}
-            | {"top_logprobs": [{name: other[name] for name in fields} for other in token["top_logprobs"]]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _legacy(self, tokens: Any) -> dict[str, Any]:
+    def _legacy(self, tokens: list[dict[str, Any]]) -> dict[str, Any]:
         """As the old endpoint has it: columns, and where each token begins in the text of the answer."""
-        told: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        told: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for token in tokens:
             others = {other["token"]: other["logprob"] for other in token["top_logprobs"]}
             told["tokens"].append(token["token"])
@@ -279,11 +299,14 @@ class _Logprobs:
         return told
 
 
-def _read(frames: bytes) -> Iterator[tuple[bytes | None, bytes, bytes]]:
-    """Each event as (the JSON string of a plain delta, its name, its data); the name only where the first is
-    None."""
-    for match in _EVENT.finditer(frames):
-        yield match.groups()  # type: ignore[misc]
+def _checked(token: Any) -> dict[str, Any]:
+    """A token, its log probability and its bytes. Raises KeyError and TypeError. The types are looked at,
+    since not all that can be read from JSON can be written again."""
+    text, logprob, raw = token["token"], token["logprob"], token["bytes"]
+    of_bytes = raw is None or (type(raw) is list and all(type(byte) is int for byte in raw))
+    if type(text) is not str or type(logprob) not in (int, float) or not of_bytes:
+        raise TypeError("not the types of the contract")
+    return {"token": text, "logprob": logprob, "bytes": raw}
 
 
 def _comment(name: bytes, data: Mapping[str, Any]) -> bytes:
@@ -292,8 +315,9 @@ def _comment(name: bytes, data: Mapping[str, Any]) -> bytes:
         case b"queue":
             words = f"queued {data['position']}"
         case b"progress" if _STAGE.fullmatch(data["stage"]):
-            total = data["total"]
-            words = f"{data['stage']} {data['done'] / total:.3g}" if total else data["stage"]
+            total, words = data.get("total"), data["stage"]
+            if total and 0 <= (part := data["done"] / total) <= 1:
+                words += f" {part:.3g}"
         case b"connection" | b"worker":
             words = data["status"]
         case _:

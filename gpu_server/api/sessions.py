@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gpu_server.api.auth import Tenant, TheService
-from gpu_server.api.bodies import BoundedRoute
+from gpu_server.api.bodies import BoundedRoute, ClosedBody
 from gpu_server.api.preferences import IdempotencyKeys
 from gpu_server.api.views import SessionList, SessionView, session_view
 from gpu_server.core import events as ev
@@ -19,10 +19,8 @@ from gpu_server.service import new_id
 router = APIRouter(prefix="/api/sessions", tags=["sessions"], route_class=BoundedRoute)
 
 
-class StartBody(BaseModel):
+class StartBody(ClosedBody):
     """A session to start ahead of its first task, so that the model is loaded when that comes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model_id: Annotated[str, Field(min_length=1, max_length=256)]
     task_preset: Annotated[str, Field(min_length=1, max_length=128)]

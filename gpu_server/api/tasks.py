@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from gpu_server.api.auth import Tenant, TheService
-from gpu_server.api.bodies import BoundedRoute
+from gpu_server.api.bodies import BoundedRoute, ClosedBody
 from gpu_server.api.preferences import IdempotencyKeys, RespondsAsync
 from gpu_server.api.views import TaskView, task_view
 from gpu_server.core import events as ev
@@ -36,10 +36,8 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
 }
 
 
-class SubmitBody(BaseModel):
+class SubmitBody(ClosedBody):
     """A task. `metadata` is the worker's input and is not looked into."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     task_type: Literal["session", "oneoff"]
     model_id: Annotated[str, Field(min_length=1, max_length=256)]

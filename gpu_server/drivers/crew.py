@@ -43,16 +43,14 @@ class Stop:
             raise Stopped
 
 
-async def work_off(
-    jobs: Iterable[Callable[[Stop], T]], *, threads: int, name: str, stop: Stop | None = None
-) -> list[T]:
+async def work_off(jobs: Iterable[Callable[[Stop], T]], *, threads: int, name: str) -> list[T]:
     """Do all jobs, begun in their order, `threads` at once; what they return, in their order.
 
     Raises what the first job that failed has raised, when the others have stopped. Cancelled, it stops the
     jobs, and waits a moment for that.
     """
     listed = list(jobs)
-    stop = stop or Stop()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
     results: dict[int, T] = {}

@@ -25,12 +25,12 @@ from gpu_server.drivers.model_staging import (
     PUBLISH_SECONDS,
     Staging,
     StagingFault,
+    fault_of,
     in_thread,
-    reason,
     staging_for,
 )
 from gpu_server.drivers.shared_work import Tell
-from gpu_server.model_manifest import Manifest, dumps, make
+from gpu_server.model_manifest import Manifest, ManifestError, dumps, make
 
 TRIES: Final = 5
 FIRST_PAUSE_SECONDS: Final = 1.0
@@ -67,6 +67,7 @@ class Fetcher:
                 found = await in_thread(partial(self._find, model_id))
                 if found is not None:
                     return found
+                await in_thread(staging.require_place)
                 for source in self._sources:
                     try:
                         return await self._from(source, model_id, staging, tell)
@@ -84,9 +85,10 @@ class Fetcher:
         try:
             content = await self._bring(source, model_id, staging, tell)
             return await self._check_and_publish(content, model_id, staging, tell)
-        except (StagingFault, FetchRefused):
-            # What cannot be finished must not take the room that something else needs.
-            await in_thread(staging.remove)
+        except (StagingFault, FetchRefused) as fault:
+            # What can never be finished must not take the room that something else needs.
+            if not fault.keeps:
+                await in_thread(staging.remove)
             raise
 
     async def _bring(self, source: ModelSource, model_id: str, staging: Staging, tell: Tell) -> Path:
@@ -109,8 +111,10 @@ class Fetcher:
             manifest, found = await self._checked(content, tell)
         except FolderFault as fault:
             raise FetchRefused(f"what was fetched is damaged: {fault}") from fault
+        except ManifestError as error:
+            raise FetchRefused(f"what was fetched can have no manifest: {error}") from error
         except OSError as error:
-            raise StagingFault(reason(error)) from error
+            raise fault_of(error) from error
         place = await in_thread(partial(staging.publish, content), limit=PUBLISH_SECONDS)
         real = await in_thread(place.resolve)
         await in_thread(partial(self._verified.remember, real, manifest, found))
@@ -120,13 +124,16 @@ class Fetcher:
     async def _checked(self, content: Path, tell: Tell) -> tuple[Manifest, Sequence[FoundFile]]:
         """What was fetched, against the manifest that came with it; one is written where none did."""
         found = await in_thread(partial(scan, content))
+        visible = [file for file in found if not file.hidden]
+        if not visible:
+            raise FetchRefused("what was fetched has no file that a loader would look for")
         check_names([file.path for file in found])
         manifest = await in_thread(partial(read_manifest, content))
         if manifest is None and self._require_manifest:
             # One that we wrote would say that what came is what came.
             raise FetchRefused("it came without a manifest, and MODELS_REQUIRE_MANIFEST wants one")
         if manifest is None:
-            manifest = make(await hash_files(content, [f for f in found if not f.hidden], tell))
+            manifest = make(await hash_files(content, visible, tell))
             await in_thread(partial(write_manifest, content, dumps(manifest)))
             return manifest, found
         faults = await verify(content, manifest, found, tell)

@@ -27,13 +27,18 @@ from gpu_server.model_manifest import (
 HASH_THREADS: Final = 4
 BLOCK_BYTES: Final = 8 << 20
 _MAX_ENTRIES: Final = 4 * MAX_FILES
-_MAX_HOPS: Final = 16
+_MAX_HOPS: Final = 40
+"""Links on the way to one file; the kernel follows no more."""
+_LEADS_OUT: Final = "is a link out of the model's folder, where a container cannot follow it: copy the file"
+_LEADS_NOWHERE: Final = "is a link that leads nowhere"
 
 
 class FolderFault(Exception):
     """Something in the folder cannot be what a model has: `path`, below the folder, and what is wrong."""
 
     def __init__(self, path: str, what: str) -> None:
+        if not path.isprintable():  # names are any bytes, and this is for logs, JSON and terminals
+            path = repr(path)[1:-1]
         super().__init__(f"{path}: {what}")
         self.path, self.what = path, what
 
@@ -219,33 +224,27 @@ def _seen(folder: Path, path: str) -> FoundFile:
 
 
 def _target(folder: Path, path: str) -> Path:
-    """Where a link leads, which must be in the folder all the way. Raises `FolderFault`."""
-    at = folder / path
-    for _ in range(_MAX_HOPS):
-        if not at.is_symlink():
-            break
-        leads, above = os.readlink(at), at.parent.relative_to(folder)
-        if os.path.isabs(leads) or _leaves(len(above.parts), leads):
-            raise FolderFault(
-                path, "is a link out of the model's folder, where a container cannot follow it: copy the file"
-            )
-        at = Path(os.path.normpath(at.parent / leads))
-    try:
-        real = at.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise FolderFault(path, "is a link that leads nowhere") from None
-    if not real.is_relative_to(folder.resolve()):
-        raise FolderFault(path, "is a link out of the model's folder, where a container cannot follow it")
+    """Where a link leads, followed part by part as the kernel does, which must be in the folder all the way.
+    Raises `FolderFault`."""
+    at = root = folder.resolve()
+    parts, hops = path.split("/")[::-1], 0
+    while parts:
+        part = parts.pop()
+        if part == ".." and at == root:
+            raise FolderFault(path, _LEADS_OUT)
+        # No part of `at` is a link, so that its parent is what the kernel takes for `..`.
+        at = at.parent if part == ".." else at / part
+        if at.is_symlink():
+            leads, hops = os.readlink(at), hops + 1
+            if leads.startswith("/"):
+                raise FolderFault(path, _LEADS_OUT)
+            if hops > _MAX_HOPS:
+                raise FolderFault(path, _LEADS_NOWHERE)
+            at = at.parent
+            parts += leads.split("/")[::-1]
+    if not (folder / path).exists():
+        raise FolderFault(path, _LEADS_NOWHERE)
     return at
-
-
-def _leaves(depth: int, leads: str) -> bool:
-    """Whether a link `depth` folders deep leaves the topmost one, if only to come back."""
-    for part in leads.split("/"):
-        depth += -1 if part == ".." else 1 if part not in ("", ".") else 0
-        if depth < 0:
-            return True
-    return False
 
 
 def _below(folder: Path, name: object) -> str:

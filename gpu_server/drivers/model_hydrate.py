@@ -8,6 +8,7 @@ is also what brings back files that were released to S3.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -30,19 +31,21 @@ def in_loader_order(files: Sequence[FoundFile]) -> list[FoundFile]:
     """What a loader reads first comes first: configuration and tokenizer, then the weights by name, numbers
     as numbers. Of weights in several formats the first format counts, as it does for loaders."""
     visible = [file for file in files if not file.hidden]
+    small = sorted((f for f in visible if not f.path.endswith(_WEIGHTS)), key=lambda file: file.size)
     weights = sorted((f for f in visible if f.path.endswith(_WEIGHTS)), key=_by_number)
     # Loaders look in the model's folder itself, and for safetensors before anything else.
     top = [file for file in weights if "/" not in file.path] or weights
     chosen = next((kind for kind in _WEIGHTS for file in top if file.path.endswith(kind)), "")
     first = [file for file in top if file.path.endswith(chosen)]
-    small = sorted((f for f in visible if f not in weights), key=lambda file: file.size)
-    return [*small, *first, *(file for file in weights if file not in first)]
+    chosen_paths = {file.path for file in first}
+    return [*small, *first, *(file for file in weights if file.path not in chosen_paths)]
 
 
 async def hydrate(folder: Path, files: Sequence[FoundFile], *, budget: int) -> int:
     """Read files until `budget` bytes are in the page cache, and of the rest only the beginnings, which is
     enough to bring them back from S3. Gives how many bytes were read. Raises OSError."""
-    jobs = [partial(_read, folder / path, at, size) for path, at, size in _blocks(files, budget)]
+    blocks = await asyncio.to_thread(lambda: list(_blocks(files, budget)))
+    jobs = (partial(_read, folder / path, at, size) for path, at, size in blocks)
     return sum(await work_off(jobs, threads=THREADS, name="model-hydrate"))
 
 

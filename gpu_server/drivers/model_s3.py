@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.drivers.crew import Stop, work_off
+from gpu_server.drivers.model_folder import write_whole
 from gpu_server.drivers.model_sources import FetchBroken, FetchRefused, ModelAbsent, check_names
-from gpu_server.drivers.model_staging import Staging, StagingFault, in_thread, reason
+from gpu_server.drivers.model_staging import Staging, fault_of, in_thread
 from gpu_server.drivers.shared_work import Tell
 from gpu_server.drivers.tally import Tally
-from gpu_server.model_manifest import MANIFEST_NAME, MAX_BYTES, MAX_FILES, ManifestError, parse
+from gpu_server.model_manifest import MANIFEST_NAME, MAX_BYTES, MAX_FILE_SIZE, MAX_FILES, ManifestError, parse
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -39,7 +40,13 @@ _PASSING: Final = (
     "InternalError",
     "ServiceUnavailable",
     "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "ExpiredToken",
+    "TokenRefreshRequired",
     "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "429",
     "500",
     "503",
 )
@@ -61,10 +68,9 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A range of an object: `number` counts in steps of the part size."""
+    """A range of an object."""
 
     listed: Listed
-    number: int
     at: int
     size: int
 
@@ -94,13 +100,13 @@ class S3Source:
             listed = await _asked(lambda: self._list(s3, bucket, prefix))
             if not listed:
                 raise ModelAbsent(model_id)
-            parts = [part for file in listed for part in self._parts(file)]
-            done = await in_thread(lambda: _noted(staging, listed))
-            left = [part for part in parts if part.note not in done]
-            needed = sum(part.size for part in left)
-            total = sum(part.size for part in parts)
+            done = await in_thread(lambda: self._noted(staging, listed))
+            total = sum(file.size for file in listed)
+            needed = total - sum(part.size for part in done)
+            # Before there is a part in memory for every 32 MiB of what a listing may claim.
             await in_thread(lambda: staging.require_room(needed))
             await in_thread(lambda: _lay_out(staging.files, listed))
+            left = await in_thread(lambda: [p for file in listed for p in self._parts(file) if p not in done])
             tally = Tally(total, tell, done=total - needed)
             notes = Notes(staging.notes)
             try:
@@ -109,7 +115,7 @@ class S3Source:
             finally:
                 notes.close()
         except OSError as error:
-            raise StagingFault(reason(error)) from error
+            raise fault_of(error) from error
         finally:
             s3.close()
         return staging.files
@@ -124,17 +130,46 @@ class S3Source:
                     path = key.removeprefix(prefix)
                     if not path or (path.endswith("/") and not size):
                         continue  # what consoles make to show a folder
+                    if not 0 <= size <= MAX_FILE_SIZE:
+                        raise FetchRefused(f"S3 lists {path[:200]!r} with {size} bytes, which cannot be")
                     found[path] = Listed(path=path, key=key, size=size, etag=etag)
                     if len(found) > MAX_FILES + 1:
                         raise FetchRefused(f"there are more than {MAX_FILES} objects of it in S3")
+            if found and all("/" in path or path.startswith(".") for path in found):
+                raise FetchRefused("no file is directly below it in S3: it is an organisation of models")
             check_names(list(found))
             if MANIFEST_NAME in found:
                 found = _chosen(found, _whole(s3, bucket, found[MANIFEST_NAME]))
         return list(found.values())
 
     def _parts(self, file: Listed) -> Iterator[Part]:
-        for number, at in enumerate(range(0, file.size, self._part_bytes)):
-            yield Part(listed=file, number=number, at=at, size=min(self._part_bytes, file.size - at))
+        for at in range(0, file.size, self._part_bytes):
+            yield self._part(file, at)
+
+    def _part(self, file: Listed, at: int) -> Part:
+        return Part(listed=file, at=at, size=min(self._part_bytes, file.size - at))
+
+    def _noted(self, staging: Staging, listed: list[Listed]) -> set[Part]:
+        """The parts that are there: noted, of what is listed now, in a file that is as it was laid out. Other
+        notes are forgotten, or they would be believed of a file that is laid out anew."""
+        try:
+            lines = set(staging.notes.read_text("utf-8", errors="replace").splitlines(keepends=True))
+        except FileNotFoundError:
+            return set()
+        laid_out = {file.path: file for file in listed if _size(staging.files / file.path) == file.size}
+        done: dict[str, Part] = {}
+        for line in lines:
+            try:
+                path, _, _, at, _ = json.loads(line)
+                file = laid_out[path]
+                part = self._part(file, at)
+            except (ValueError, TypeError, KeyError):  # torn when its writer was killed, or of another file
+                continue
+            if part.note == line and at in range(0, file.size, self._part_bytes):
+                done[line] = part
+        if len(done) < len(lines):
+            write_whole(staging.notes, "".join(done).encode())
+        return set(done.values())
 
 
 class Notes:
@@ -204,13 +239,18 @@ def telling(bucket: str) -> Iterator[None]:
             raise ObjectChanged("an object in S3 was changed or removed while it was read") from error
         if code in _PASSING or status.startswith("5"):
             raise FetchBroken(f"S3 answered {code}") from error
-        raise FetchRefused(f"S3 answered {code} for bucket {bucket}") from error
+        raise FetchRefused(f"S3 answered {code} for bucket {bucket}", keeps=True) from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-        raise FetchRefused("there are no credentials for S3") from error
+        raise FetchRefused("there are no credentials for S3", keeps=True) from error
+    except boto.CredentialRetrievalError as error:
+        raise FetchBroken("the credentials for S3 could not be renewed") from error
     except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError) as error:
         raise FetchBroken(f"the connection to S3 broke ({type(error).__name__})") from error
+    except ValueError as error:  # an address, or an answer, that is none
+        message = f"S3 cannot be used ({type(error).__name__}): see AWS_ENDPOINT_URL"
+        raise FetchRefused(message, keeps=True) from error
     except boto.BotoCoreError as error:
-        raise FetchRefused(f"S3 cannot be used: {type(error).__name__}") from error
+        raise FetchRefused(f"S3 cannot be used: {type(error).__name__}", keeps=True) from error
 
 
 def _chosen(found: dict[str, Listed], text: bytes) -> dict[str, Listed]:
@@ -232,23 +272,6 @@ def _whole(s3: S3Client, bucket: str, listed: Listed) -> bytes:
     if listed.size > MAX_BYTES:
         raise FetchRefused(f"its manifest.json in S3 is larger than {MAX_BYTES} bytes")
     return s3.get_object(Bucket=bucket, Key=listed.key, IfMatch=listed.etag)["Body"].read(MAX_BYTES + 1)
-
-
-def _noted(staging: Staging, listed: list[Listed]) -> set[str]:
-    """Notes of parts that are there. A file that is not as it was laid out has none."""
-    try:
-        lines = set(staging.notes.read_text("utf-8", errors="replace").splitlines(keepends=True))
-    except FileNotFoundError:
-        return set()
-    laid_out = {file.path for file in listed if _size(staging.files / file.path) == file.size}
-    kept = set()
-    for line in lines:
-        try:
-            if json.loads(line)[0] in laid_out:
-                kept.add(line)
-        except (ValueError, TypeError, IndexError, KeyError):  # torn when its writer was killed
-            continue
-    return kept
 
 
 def _lay_out(files: Path, listed: list[Listed]) -> None:
@@ -299,7 +322,7 @@ def _bring_part(
         stop.check()
         notes.add(part.note)
     except OSError as error:
-        raise StagingFault(reason(error)) from error
+        raise fault_of(error) from error
     finally:
         os.close(descriptor)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from functools import partial
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 import aiohttp
 
-from gpu_server.drivers.crew import Stop
-from gpu_server.drivers.model_staging import Staging, StagingFault, in_thread, reason
+from gpu_server.drivers.crew import PARTING_SECONDS, Stop
+from gpu_server.drivers.model_staging import Staging, StagingFault, fault_of, in_thread
 from gpu_server.drivers.shared_work import Tell
 from gpu_server.drivers.tally import Tally
 from gpu_server.model_manifest import ManifestError, check_paths
@@ -22,6 +26,8 @@ CONNECT_SECONDS: Final = 10.0
 WRITE_SECONDS: Final = 300.0
 BLOCK_BYTES: Final = 512 << 10
 """Written at once: larger ones hold up everybody else's events on the loop."""
+QUEUED_BLOCKS: Final = 4
+"""Received, and not written yet."""
 
 
 class ModelAbsent(Exception):
@@ -33,7 +39,12 @@ class FetchBroken(Exception):
 
 
 class FetchRefused(Exception):
-    """It cannot be had from there, however often one tries. The message says why, and holds no secret."""
+    """It cannot be had from there, however often one tries. The message says why, and holds no secret. What
+    has come is of no use then, unless it `keeps`: where it is not the model that is at fault."""
+
+    def __init__(self, message: str, *, keeps: bool = False) -> None:
+        super().__init__(message)
+        self.keeps = keeps
 
 
 class ModelSource(Protocol):
@@ -73,8 +84,14 @@ class FileService:
             ):
                 _check_status(answer, model_id)
                 await self._unpack(answer, staging, tell)
+        except aiohttp.ConnectionTimeoutError as error:
+            message = f"the file service took no connection within {CONNECT_SECONDS:g} s"
+            raise FetchBroken(message) from error
         except TimeoutError as error:
             raise FetchBroken(f"the file service sent nothing for {self._stall:g} s") from error
+        except ValueError as error:  # an address that is none, in one of many ways
+            message = f"the file service cannot be asked ({type(error).__name__}): see FILE_SERVICE_URL"
+            raise FetchRefused(message, keeps=True) from error
         except aiohttp.ClientError as error:
             raise FetchBroken(f"the connection to the file service broke ({type(error).__name__})") from error
         return await in_thread(lambda: _innermost(staging.files, model_id))
@@ -83,30 +100,92 @@ class FileService:
         announced = answer.content_length
         if announced is not None:
             await in_thread(lambda: staging.require_room(announced))
-        tally = Tally(announced, tell)
-        unpacker, stop, block = Unpacker(staging, announced), Stop(), bytearray()
+        tally, block = Tally(announced, tell), bytearray()
         try:
-            while True:
-                piece = await answer.content.readany()
-                block += piece
-                if len(block) >= BLOCK_BYTES or not piece:
-                    await in_thread(partial(unpacker.feed, bytes(block), stop), limit=WRITE_SECONDS)
-                    tally.add(len(block))
-                    block.clear()
-                if not piece:
-                    break
-            await in_thread(unpacker.finish)
+            async with writing(Unpacker(staging, announced), tally) as writer:
+                while piece := await answer.content.readany():
+                    block += piece
+                    if len(block) >= BLOCK_BYTES:
+                        await writer.put(bytes(block))
+                        block.clear()
+                if block:
+                    await writer.put(bytes(block))
+                await writer.finish()
         except TarBroken as error:
             raise FetchBroken(f"the file service's answer: {error}") from error
         except TarError as error:
             raise FetchRefused(f"the file service's answer is refused: {error}") from error
-        finally:
-            stop.set()  # a thread that was given up writes nothing more
-            unpacker.close()
+
+
+@asynccontextmanager
+async def writing(unpacker: Unpacker, tally: Tally) -> AsyncIterator[Writer]:
+    """A writer, which writes nothing more afterwards, as a rule: its thread is waited for, for a moment."""
+    writer = Writer(unpacker, tally)
+    try:
+        yield writer
+    finally:
+        await writer.stop()
+
+
+class Writer:
+    """One thread that unpacks what it is handed, block after block, and closes what it has opened. A few
+    blocks wait for it at most."""
+
+    def __init__(self, unpacker: Unpacker, tally: Tally) -> None:
+        self._unpacker, self._tally = unpacker, tally
+        self._loop = asyncio.get_running_loop()
+        self._blocks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._room = asyncio.Semaphore(QUEUED_BLOCKS)
+        self._stop, self._ended = Stop(), asyncio.Event()
+        self._failure: Exception | None = None
+        threading.Thread(target=self._run, name="model-writer", daemon=True).start()
+
+    async def put(self, block: bytes) -> None:
+        """Hand it a block, which is not empty, when there is room. Raises `TarError` or `StagingFault`, also
+        for an earlier one."""
+        await _in_time(self._room.acquire())
+        if self._failure is not None:
+            raise self._failure
+        self._blocks.put(block)
+
+    async def finish(self) -> None:
+        """That was all; wait until it is written. Raises as `put` does."""
+        self._blocks.put(b"")
+        await _in_time(self._ended.wait())
+        if self._failure is not None:
+            raise self._failure
+
+    async def stop(self) -> None:
+        """Write nothing more. Raises nothing."""
+        self._stop.set()
+        self._blocks.put(b"")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PARTING_SECONDS):
+                await self._ended.wait()
+
+    def _run(self) -> None:
+        try:
+            try:
+                while block := self._blocks.get():
+                    self._unpacker.feed(block, self._stop)
+                    self._tally.add(len(block))
+                    self._post(self._room.release)
+                self._stop.check()
+                self._unpacker.finish()
+            finally:
+                self._unpacker.close()
+        except Exception as error:  # noqa: BLE001 -- it crosses to who hands over the blocks
+            self._failure = error
+        self._post(self._ended.set)
+        self._post(self._room.release)  # who waits for room is told
+
+    def _post(self, news: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            self._loop.call_soon_threadsafe(news)
 
 
 class Unpacker:
-    """Writes a tar's files into a staging. Its methods block, and are called one after the other."""
+    """Writes a tar's files into a staging. Its methods block, and are for one thread."""
 
     def __init__(self, staging: Staging, announced: int | None) -> None:
         self._staging, self._announced = staging, announced
@@ -126,7 +205,7 @@ class Unpacker:
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
             raise TarError(f"{self._paths[-1]!r} is there twice, or both a file and a folder") from None
         except OSError as error:
-            raise StagingFault(reason(error)) from error
+            raise fault_of(error) from error
 
     def finish(self) -> None:
         """The stream has ended. Raises `TarError`."""
@@ -153,6 +232,14 @@ class Unpacker:
         self._file = os.fdopen(os.open(path, flags, 0o644), "wb", buffering=0)
 
 
+async def _in_time(wait: Coroutine[Any, Any, bool]) -> None:
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await wait
+    except TimeoutError:
+        raise StagingFault(f"the file system did not answer within {WRITE_SECONDS:g} s") from None
+
+
 def _write_all(file: IO[bytes], content: memoryview) -> None:
     """On a disk that fills up a write may take a part, and only the next one fails."""
     while content:
@@ -164,14 +251,15 @@ def _check_status(answer: aiohttp.ClientResponse, model_id: str) -> None:
     if status == 404:
         raise ModelAbsent(model_id)
     if status in (401, 403):
-        raise FetchRefused(f"the file service answered {status}: see FILE_SERVICE_INTERNAL_KEY")
+        raise FetchRefused(f"the file service answered {status}: see FILE_SERVICE_INTERNAL_KEY", keeps=True)
     if status in (408, 425, 429) or status >= 500:
         raise FetchBroken(f"the file service answered {status}")
     if status != 200:
-        raise FetchRefused(f"the file service answered {status}: see FILE_SERVICE_URL")
+        raise FetchRefused(f"the file service answered {status}: see FILE_SERVICE_URL", keeps=True)
     encoding = answer.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise FetchRefused(f"the file service compressed its answer ({encoding[:40]}), unasked")
+        shown = encoding[:40].encode("ascii", "backslashreplace").decode()  # it may be no text at all
+        raise FetchRefused(f"the file service compressed its answer ({shown}), unasked")
 
 
 def _innermost(files: Path, model_id: str) -> Path:
@@ -180,12 +268,12 @@ def _innermost(files: Path, model_id: str) -> Path:
     for inner in (parts, parts[-1:]):
         at = files
         for part in inner:
-            if [entry.name for entry in os.scandir(at)] != [part]:
+            # A file may be called like an organisation, too.
+            if [entry.name for entry in os.scandir(at)] != [part] or not (at / part).is_dir():
                 break
             at /= part
         else:
-            if at.is_dir():
-                return at
+            return at
     return files
 
 

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from gpu_server.drivers.blocking import call_in_thread
+from gpu_server.drivers.crew import PARTING_SECONDS
 from gpu_server.drivers.model_folder import sync_folder, write_whole
 
 T = TypeVar("T")
@@ -33,8 +35,16 @@ PUBLISH_SECONDS: Final = 3600.0
 """How long it may take until all of a model is on the disk for certain."""
 
 
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class StagingFault(Exception):
-    """The store's folder cannot take a model. The message says why."""
+    """The store's folder cannot take a model. The message says why. What has come may be gone on with later,
+    unless not `keeps`: then it never can be, or takes room that something else needs."""
+
+    def __init__(self, message: str, *, keeps: bool = True) -> None:
+        super().__init__(message)
+        self.keeps = keeps
 
 
 class Staging:
@@ -79,8 +89,22 @@ class Staging:
             free = shutil.disk_usage(self._root).free
         if needed + needed // 50 + (1 << 20) > free:
             raise StagingFault(
-                f"it needs {needed} bytes, and MODEL_CACHE_DIR has {free} bytes free: make room there"
+                f"it needs {needed} bytes, and MODEL_CACHE_DIR has {free} bytes free: make room there",
+                keeps=False,
             )
+
+    def require_place(self) -> None:
+        """Whether a model can be put where this one belongs. Raises `StagingFault`."""
+        place = self._root / self.model_id
+        above = place.parent
+        with _told():
+            if above != self._root and above.exists():
+                if above.is_symlink():
+                    raise StagingFault(f"{above.name} is a link; a model is not put behind one", keeps=False)
+                if holds_files(above):
+                    raise StagingFault(f"{above.name} holds files: it is no folder of models", keeps=False)
+            if os.path.lexists(place) and (place.is_symlink() or not place.is_dir() or any(place.iterdir())):
+                raise StagingFault(f"there is something else at {self.model_id} already", keeps=False)
 
     def open_to_workers(self, content: Path) -> None:
         """Let everybody read what is in `content`, a folder below `files`, whatever the umask of the service
@@ -95,23 +119,16 @@ class Staging:
         """Make the model of what is in `content`, a folder below `files`: durable first, then by one rename.
         Raises `StagingFault`."""
         place = self._root / self.model_id
+        self.require_place()
         with _told():
             if not place.parent.exists():
                 place.parent.mkdir()
                 place.parent.chmod(0o755)
-            root, parent = self._root.resolve(), place.parent.resolve()
-            if parent not in (root, root / place.parent.name):
-                raise StagingFault(f"{place.parent.name} is a link; a model is not put behind one")
             for folder, _, names in os.walk(content, topdown=False):
                 for name in names:
                     _sync_file(Path(folder) / name)
                 sync_folder(Path(folder))
-            try:
-                content.rename(place)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                raise StagingFault(f"there is something else at {self.model_id} already") from None
+            content.rename(place)
             sync_folder(place.parent)
             sync_folder(self._root)
             self.remove()
@@ -125,19 +142,23 @@ class Staging:
 @asynccontextmanager
 async def staging_for(root: Path, model_id: str) -> AsyncIterator[Staging]:
     """The staging of a model, for one at a time on this and other machines. Raises `StagingFault`."""
-    lock = await _locked(root, model_id)
+    lock = _Lock(root, model_id)
     try:
+        await _taken(lock)
         yield Staging(root, model_id)
     finally:
-        # Removed while it is held: who waits for it looks whether it is still the file of that name.
-        with contextlib.suppress(OSError):
-            _lock_path(root, model_id).unlink()
-        os.close(lock)
+        # Its thread is started in any case, and goes on when it is not waited for.
+        with contextlib.suppress(TimeoutError):
+            await call_in_thread(lock.release, limit=PARTING_SECONDS, name="model-staging")
 
 
 def sweep(root: Path, is_there: Callable[[str], bool], *, now: float | None = None) -> None:
     """Remove what downloads left that nobody needs or has gone on with. May block; raises nothing."""
     now = time.time() if now is None else now
+
+    def is_useless(folder: Path, model_id: str) -> bool:
+        return is_there(model_id) or now - _touched(folder) > STALE_SECONDS
+
     try:
         folders = [folder for folder in (root / STAGING_NAME).iterdir() if folder.is_dir()]
     except OSError:
@@ -145,13 +166,15 @@ def sweep(root: Path, is_there: Callable[[str], bool], *, now: float | None = No
     for folder in folders:
         model_id = folder.name.replace("%", "/")
         try:
+            if not is_useless(folder, model_id):
+                continue
             lock = os.open(_lock_path(root, model_id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a stray folder, with a name that no model has
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_lock(lock, root, model_id):
-                if is_there(model_id) or now - _touched(folder) > STALE_SECONDS:
+                if is_useless(folder, model_id):  # still
                     Staging(root, model_id).remove()
                 _lock_path(root, model_id).unlink()
         except OSError:  # somebody is at work there
@@ -168,12 +191,52 @@ async def in_thread(do: Callable[[], T], *, limit: float = DISK_SECONDS) -> T:
         raise StagingFault(f"the file system did not answer within {limit:g} s") from None
 
 
-async def _locked(root: Path, model_id: str) -> int:
+def holds_files(folder: Path) -> bool:
+    """Whether there is a file in it, hidden ones aside: then it is a model, not a folder of models. May
+    block; raises OSError."""
+    return any(not child.name.startswith(".") and child.is_file() for child in folder.iterdir())
+
+
+async def _taken(lock: _Lock) -> None:
     while True:
-        lock = await in_thread(lambda: _try_lock(root, model_id))
-        if lock is not None:
-            return lock
+        if await in_thread(lock.take):
+            return
         await asyncio.sleep(LOCK_POLL_SECONDS)
+
+
+class _Lock:
+    """The lock of a model. The thread that takes it may be given up before it has come back: when it then
+    gets the lock it lets go of it itself."""
+
+    def __init__(self, root: Path, model_id: str) -> None:
+        self._root, self._model_id = root, model_id
+        self._guard = threading.Lock()
+        self._given_up = False
+        self._held: int | None = None
+
+    def take(self) -> bool:
+        """Whether it was free, and is held now. Blocks. Raises `StagingFault`."""
+        lock = _try_lock(self._root, self._model_id)
+        with self._guard:
+            if not self._given_up:
+                self._held = lock
+                return lock is not None
+        self._let_go(lock)
+        return False
+
+    def release(self) -> None:
+        """Let go of it, now or when it is got. May block; raises nothing."""
+        with self._guard:
+            self._given_up, lock, self._held = True, self._held, None
+        self._let_go(lock)
+
+    def _let_go(self, lock: int | None) -> None:
+        if lock is not None:
+            # Removed while it is held: who waits for it looks whether it is still the file of that name.
+            with contextlib.suppress(OSError):
+                _lock_path(self._root, self._model_id).unlink()
+            with contextlib.suppress(OSError):
+                os.close(lock)
 
 
 def _try_lock(root: Path, model_id: str) -> int | None:
@@ -204,11 +267,11 @@ def _is_lock(lock: int, root: Path, model_id: str) -> bool:
 
 
 def _lock_path(root: Path, model_id: str) -> Path:
-    return root / STAGING_NAME / f"{_name_of(model_id)}.lock"
+    return root / STAGING_NAME / f"{_name_of(model_id)}~lock"
 
 
 def _name_of(model_id: str) -> str:
-    """One name for org/name; no model id has a %."""
+    """One name for org/name; no model id has a %, nor the ~ of its lock."""
     return model_id.replace("/", "%")
 
 
@@ -235,17 +298,21 @@ def _told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StagingFault(reason(error)) from error
+        raise fault_of(error) from error
 
 
-def reason(error: OSError) -> str:
-    """What an operator can do about an error of the store's file system."""
+def fault_of(error: OSError) -> StagingFault:
+    """An error of the store's file system, as what an operator can do about it."""
+    return StagingFault(_reason(error), keeps=error.errno not in _FULL)
+
+
+def _reason(error: OSError) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (
             f"MODEL_CACHE_DIR cannot be written ({error.strerror}): mount it writable, or put the model there"
             " by other means"
         )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in _FULL:
         return f"MODEL_CACHE_DIR is full ({error.strerror}): make room there"
     if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
         return f"MODEL_CACHE_DIR does not lock files ({error.strerror}): mount it with -o flock"

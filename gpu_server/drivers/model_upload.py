@@ -1,7 +1,9 @@
 """Putting a model into S3, the data repository behind FSx for Lustre, with its manifest last.
 
-Whoever fetches it by its manifest sees the old version or the new one. An object that has the right size and
-SHA-256 (told by its metadata, which we wrote) is not sent again, so that an upload goes on where it broke.
+Files are written over, one by one, so another version is replaced by order only, and then its manifest first:
+until the last file is there, who fetches finds that what is there is not what the manifest says. An object of
+the right size and SHA-256 (told by its metadata, which we wrote) is not sent again, so that an upload goes on
+where it broke.
 """
 
 from __future__ import annotations
@@ -16,11 +18,19 @@ from typing import TYPE_CHECKING, Final
 from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.drivers.crew import Stop, work_off
 from gpu_server.drivers.model_folder import FolderFault, FoundFile, look_again
-from gpu_server.drivers.model_s3 import LIST_SECONDS, connect, split, telling
+from gpu_server.drivers.model_s3 import LIST_SECONDS, ObjectChanged, connect, split, telling
 from gpu_server.drivers.model_sources import FetchBroken, FetchRefused
 from gpu_server.drivers.shared_work import Tell
 from gpu_server.drivers.tally import Tally
-from gpu_server.model_manifest import MANIFEST_NAME, Manifest, ModelFile, dumps
+from gpu_server.model_manifest import (
+    MANIFEST_NAME,
+    MAX_BYTES,
+    Manifest,
+    ManifestError,
+    ModelFile,
+    dumps,
+    parse,
+)
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
@@ -45,9 +55,17 @@ class Uploaded:
 
 
 async def upload(
-    uri: str, model_id: str, folder: Path, manifest: Manifest, found: Sequence[FoundFile], tell: Tell
+    uri: str,
+    model_id: str,
+    folder: Path,
+    manifest: Manifest,
+    found: Sequence[FoundFile],
+    tell: Tell,
+    *,
+    force: bool = False,
 ) -> Uploaded:
-    """Send a model that was verified to `uri`/`model_id`. Raises `UploadFailed`."""
+    """Send a model that was verified to `uri`/`model_id`; over another version only with `force`. Raises
+    `UploadFailed`."""
     bucket, prefix = split(f"{uri.rstrip('/')}/{model_id}/")
     seen = {file.path: file for file in found}
     tally = Tally(manifest.total, tell)
@@ -55,12 +73,17 @@ async def upload(
         s3 = await call_in_thread(
             lambda: connect(60.0, FILES_AT_ONCE * PARTS_AT_ONCE), limit=60.0, name="model-upload"
         )
+        await call_in_thread(
+            lambda: _make_way(s3, bucket, prefix, manifest, force=force), limit=60.0, name="model-upload"
+        )
         jobs = [
             partial(_send, s3, bucket, prefix, folder, file, seen[file.path], tally)
             for file in manifest.files
         ]
         sent = await work_off(jobs, threads=FILES_AT_ONCE, name="model-upload")
-        await call_in_thread(lambda: _finish(s3, bucket, prefix, manifest), limit=60.0, name="model-upload")
+        await call_in_thread(
+            lambda: _put_manifest(s3, bucket, prefix, manifest), limit=60.0, name="model-upload"
+        )
         there = await call_in_thread(
             lambda: _there(s3, bucket, prefix), limit=LIST_SECONDS, name="model-upload"
         )
@@ -130,7 +153,27 @@ def _is_there(s3: S3Client, bucket: str, key: str, file: ModelFile) -> bool:
     return head["ContentLength"] == file.size and head["Metadata"].get("sha256") == file.sha256
 
 
-def _finish(s3: S3Client, bucket: str, prefix: str, manifest: Manifest) -> None:
+def _make_way(s3: S3Client, bucket: str, prefix: str, manifest: Manifest, *, force: bool) -> None:
+    """Whether nothing is there but this version, or parts of it; with `force` whatever is there becomes an
+    incomplete one of this version, never a mixture that the old manifest vouches for."""
+    try:
+        with telling(bucket):
+            text = s3.get_object(Bucket=bucket, Key=prefix + MANIFEST_NAME)["Body"].read(MAX_BYTES + 1)
+    except ObjectChanged:  # there is none
+        return
+    try:
+        there = parse(text)
+        if there == manifest:
+            return
+        what = f"another version is there ({there.version})"
+    except ManifestError as error:
+        what = f"a manifest.json that is none is there ({error})"
+    if not force:
+        raise UploadFailed(f"{what}: upload it under another id, or replace what is there with --force")
+    _put_manifest(s3, bucket, prefix, manifest)
+
+
+def _put_manifest(s3: S3Client, bucket: str, prefix: str, manifest: Manifest) -> None:
     with _telling(bucket):
         s3.put_object(
             Bucket=bucket, Key=prefix + MANIFEST_NAME, Body=dumps(manifest), ContentType="application/json"

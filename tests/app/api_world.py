@@ -36,6 +36,8 @@ models:
   org/chat:
     p: {{docker_image: {IMAGE}, model: none}}
     serve: {{docker_image: {IMAGE}, model: none, openai: true, max_concurrent_tasks: 2}}
+  hard:
+    serve: {{docker_image: {IMAGE}, model: none, openai: true, task_difficulty: high}}
   closed:
     serve: {{docker_image: elsewhere/image, model: none, openai: true}}
 """

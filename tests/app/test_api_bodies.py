@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from gpu_server.api.bodies import check_depth
+from gpu_server.api.sessions import StartBody
+from gpu_server.api.tasks import SubmitBody
 from gpu_server.core.errors import Refusal, RefusalCode
 from tests.app.api_world import TASK, Answer, Api, api_world
 
@@ -149,3 +152,15 @@ def test_any_depth(value: Any, limit: int) -> None:
 def test_depth_is_found_in_one_pass_a_level(body: bytes) -> None:
     """However large or malformed a body is, it is not scanned again and again."""
     check_depth(body, 32)
+
+
+@pytest.mark.parametrize("kind", [SubmitBody, StartBody])
+def test_many_unknown_fields_cost_little(kind: type[SubmitBody] | type[StartBody]) -> None:
+    """Of fields that are not known the first is told, however many there are."""
+    body = {"model_id": "m", "task_preset": "p", "task_type": "session"}
+    known = {name: value for name, value in body.items() if name in kind.model_fields}
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate({**known, **{f"x{number}": 0 for number in range(10_000)}})
+    assert [(error["type"], error["loc"]) for error in raised.value.errors()] == [
+        ("extra_forbidden", ("x0",))
+    ]

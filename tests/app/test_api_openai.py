@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from gpu_server.core import events as ev
 from gpu_server.core.sessions import Rules
+from gpu_server.core.slots import Tier
 from tests.app.api_world import KEY, Api, api_world
 from tests.app.played_worker import hold
 from tests.app.text_worker import HELLO, MODEL, USAGE, chunks, client_of, fails, says
@@ -30,11 +32,12 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
 async def test_models(api: Api) -> None:
     """The models are those with a preset for these routes whose image may be started."""
     async with client_of(api) as client:
-        (listed,) = (await client.models.list()).data
+        listed, hard = (await client.models.list()).data
+        assert hard.id == "hard"
         assert (listed.id, listed.object, listed.owned_by) == (MODEL, "model", "gpu-server")
         assert listed.created == api.service.presets.changed_at > 1_700_000_000
         assert await client.models.retrieve(MODEL) == listed
-        for name in ("m", "org", "org/chat/serve", "none"):
+        for name in ("m", "org", "org/chat/serve", "none", "closed"):
             with pytest.raises(openai.NotFoundError) as raised:
                 await client.models.retrieve(name)
             assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
@@ -168,6 +171,42 @@ async def test_queue_full(tmp_path: Path) -> None:
         assert len(api.world.engine.node.tasks) == 2
 
 
+async def test_the_tier_of_a_preset(tmp_path: Path) -> None:
+    """A preset's task_difficulty is the tier of the sessions that are made; others of it are used too."""
+    high = [replace(spec, tiers=frozenset({Tier.HIGH})) for spec in slot_specs(1)]
+    both = slot_specs(2)[1:]
+    async with api_world(tmp_path, slots=(*high, *both)) as api:
+        api.world.on_task = says("a")
+        first = await api.ask("POST", CHAT, {**HELLO, "model": "hard"})
+        assert first.status == 200
+        session = api.world.session(first.headers["X-Session-ID"])
+        assert session.tier is Tier.HIGH
+        low = await api.session(model="hard", preset="serve", tenant="b")
+        for pin in ({}, {"X-Session-ID": low}):
+            again = await api.ask("POST", CHAT, {**HELLO, "model": "hard"}, tenant="b", headers=pin)
+            assert (again.status, again.headers["X-Session-ID"]) == (200, low)
+
+
+async def test_a_tier_that_no_slot_has(tmp_path: Path) -> None:
+    """Where no slot serves the tier of the preset, `low` where it names none, there can be no session."""
+    high = [replace(spec, tiers=frozenset({Tier.HIGH})) for spec in slot_specs(1)]
+    async with api_world(tmp_path, slots=tuple(high)) as api:
+        answer = await api.ask("POST", CHAT, HELLO)
+        assert (answer.status, answer.json["error"]["code"]) == (422, "no_such_capacity")
+
+
+async def test_a_session_near_its_end(tmp_path: Path) -> None:
+    """A request goes to a new session where the one that is there may not outlive it."""
+    async with api_world(tmp_path, rules=Rules(max_lifetime=100, idle_timeout=1000)) as api:
+        api.world.on_task = says("a")
+        served = []
+        for seconds in (0, 70, 10):
+            api.world.clock.advance(seconds)
+            answer = await api.ask("POST", CHAT, HELLO)
+            served.append(answer.headers["X-Session-ID"])
+        assert served[0] == served[1] != served[2]
+
+
 async def test_refusals(api: Api) -> None:
     """A wrong key, a model that is not served, an image that may not be started: each in OpenAI's shape."""
     async with client_of(api, key="wrong") as client:
@@ -260,6 +299,18 @@ async def test_a_failure_is_an_answer_too(api: Api) -> None:
     assert [answer.status for answer in (first, keyed, again)] == [503] * 3
     tried = [answer.headers["x-should-retry"] for answer in (first, keyed, again)]
     assert tried == ["true", "false", "false"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_history_that_is_gone(api: Api, stream: bool) -> None:
+    """A known request of whose answer the end alone is kept is told so too, streamed or not."""
+    headers, body = {"Idempotency-Key": "k"}, {**HELLO, "stream": stream}
+    first = await api.ask("POST", CHAT, body, headers=headers)
+    kept = api.world.engine.streams.get(first.headers["X-Request-ID"])
+    assert kept is not None
+    kept.forget()
+    again = await api.ask("POST", CHAT, body, headers=headers)
+    assert (again.status, again.json["error"]["code"]) == (410, "events_gone")
 
 
 async def test_events_that_are_gone(api: Api) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
-from gpu_server.api.openai_answer import HEAD_HELD_SECONDS, TaskAnswer
+from gpu_server.api.openai_answer import HEAD_HELD_SECONDS, TaskAnswer, _Wire
 from gpu_server.api.openai_stream import Chunks, Heading
 from gpu_server.core import events as ev
 from gpu_server.core.sessions import Task
@@ -236,14 +237,47 @@ async def test_a_reader_that_is_too_slow(api: Api) -> None:
     assert [chunk["choices"][0]["delta"]["content"] for chunk in found] == ["", "held"]
 
 
-async def test_what_no_worker_should_do_cancels_its_task(api: Api) -> None:
-    """An answer that cannot go on leaves no task running behind it."""
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_no_worker_should_do_cancels_its_task(api: Api, stream: bool) -> None:
+    """An answer that cannot go on ends at once, leaves no task running behind it, and is not told as one
+    whose client has gone."""
 
     async def odd(worker: PlayedWorker, call: Call) -> None:
         await call.stream(frame(1, "text_delta", delta="a", logprobs=5))
         await worker.released.wait()
 
     api.world.on_task = odd
-    async with posted(api) as answer:
-        assert (answer.status, (await answer.json())["error"]["code"]) == (500, "worker_protocol")
-    await api.world.until(lambda: only_task(api).state == "cancelled")
+    with capture_logs() as lines:
+        async with posted(api, {**HELLO, "logprobs": True, "stream": stream}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (500, "worker_protocol")
+        await api.world.until(lambda: only_task(api).state == "cancelled")
+    assert "task.client_gone" not in [line["event"] for line in lines]
+
+
+async def test_a_client_that_is_gone_is_logged(api: Api) -> None:
+    """A task that is cancelled because its client has gone is told as that."""
+    api.world.on_task = hold
+    with capture_logs() as lines:
+        await _hangs_up(api, STREAM, wait_for_text=True)
+        await api.world.until(lambda: only_task(api).state == "cancelled")
+    assert [line["task_id"] for line in lines if line["event"] == "task.client_gone"] == [only_task(api).id]
+
+
+async def test_a_head_that_was_held_up() -> None:
+    """A head whose writer was cancelled while there was no room comes before whatever is sent next."""
+    waiting, room, sent = asyncio.Event(), asyncio.Event(), []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        waiting.set()
+        await room.wait()
+        sent.append(message["type"])
+
+    wire = _Wire(send, {})
+    async with asyncio.TaskGroup() as group:
+        pulse = group.create_task(wire.begin({}))
+        await waiting.wait()
+        pulse.cancel()
+    room.set()
+    await wire.write(b"x")
+    await wire.end()
+    assert sent == ["http.response.start", "http.response.body", "http.response.body"]

@@ -51,7 +51,7 @@ BOTH = {
     "logit_bias": {"50256": -100.0},
     "seed": -3,
     "stop": ["a", "b"],
-    "min_tokens": 0,
+    "min_tokens": 3,
     "top_k": -1,
     "min_p": 0.1,
     "repetition_penalty": 1.5,
@@ -86,6 +86,7 @@ def test_what_is_passed_on(name: str) -> None:
         ({"stream": True, "stream_options": {"include_usage": True}}, {}),
         ({"stop": []}, {}),
         ({"logit_bias": {}}, {}),
+        ({"min_tokens": 0, "ignore_eos": False}, {}),
     ],
 )
 def test_what_a_chat_asks_for(body: dict[str, Any], metadata: dict[str, Any]) -> None:
@@ -209,7 +210,15 @@ def test_messages() -> None:
         ({"seed": 1 << 63}, "invalid_value", "seed"),
         ({"stop": ""}, "invalid_value", "stop"),
         ({"stop": ["a"] * 17}, "invalid_value", "stop"),
-        ({"stop": ["a", ""]}, "invalid_value", "stop[1]"),
+        ({"stop": ["a", ""]}, "invalid_value", "stop"),
+        ({"stop": 5}, "invalid_value", "stop"),
+        ({"logit_bias": {str(n): 1 for n in range(1025)}}, "invalid_value", "logit_bias"),
+        ({"messages": MESSAGES * 4097}, "invalid_value", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 8193}] * 2},
+            "invalid_value",
+            "messages",
+        ),
         ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5"),
         ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias.x"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
@@ -269,9 +278,31 @@ def test_mistakes_of_a_completion(body: dict[str, Any], code: str, param: str) -
     assert (told.code, told.param) == (code, param)
 
 
-@pytest.mark.parametrize("body", [{"messages": [5] * 100_000}, {"stop": [5] * 100_000}])
+MANY = {f"x{number}": 0 for number in range(100_000)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [5] * 100_000},
+        {"messages": [{**MESSAGES[0], **MANY}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "", **MANY}]}]},
+        {"stop": [5] * 100_000},
+        {"logit_bias": MANY},
+        {"response_format": {"type": "text", **MANY}},
+        {"stream": True, "stream_options": MANY},
+        MANY,
+    ],
+    ids=lambda body: next(iter(body)),
+)
 def test_many_mistakes_cost_little(body: dict[str, Any]) -> None:
-    """A long list of what is not valid is left at its first item."""
+    """What is not valid many times over is left at the first mistake."""
     with pytest.raises(ValidationError) as raised:
         chat(**body)
     assert raised.value.error_count() <= 3
+
+
+def test_stops_are_told_in_one_sentence() -> None:
+    """What is wrong with `stop` is told for both of its forms at once."""
+    told = mistake(ChatBody, stop=["a"] * 17)
+    assert told.message == "stop must be a text, or a list of up to 16, none of them empty"

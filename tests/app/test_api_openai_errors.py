@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
@@ -66,7 +67,16 @@ async def test_bodies_that_are_none(api: Api, data: bytes) -> None:
     """What is no JSON object is refused, and told as any other mistake."""
     headers = {"Content-Type": "application/json"}
     answer = await api.ask("POST", CHAT, data=data, headers=headers)
-    assert error(answer, 400, answer.json["error"]["code"])["type"] == "invalid_request_error"
+    told = error(answer, 400, "invalid_value")
+    assert (told["type"], told["param"]) == ("invalid_request_error", None)
+    assert told["message"] == "the body must be a JSON object, with Content-Type: application/json"
+
+
+async def test_a_body_that_is_no_json(api: Api) -> None:
+    """A body of another type is told the same, even if it looks right."""
+    right = json.dumps(HELLO).encode()
+    answer = await api.ask("POST", CHAT, data=right, headers={"Content-Type": "text/plain"})
+    assert error(answer, 400, "invalid_value")["param"] is None
 
 
 async def test_mistakes_do_not_echo(api: Api) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from gpu_server.api.openai_stream import Chunks, Heading, Whole
+from gpu_server.api.openai_stream import MAX_LOGPROBS_BYTES, Chunks, Heading, Whole
 from gpu_server.frames import encode
 from tests.app.text_worker import USAGE, chunks, comments
 
@@ -40,9 +41,11 @@ def answer(*deltas: str | dict[str, Any], **changes: Any) -> list[tuple[str, dic
     ]
 
 
-def streamed(heading: Heading, *events: tuple[str, dict[str, Any]], usage: bool = False) -> list[Any]:
+def streamed(
+    heading: Heading, *events: tuple[str, dict[str, Any]], usage: bool = False, logprobs: bool = False
+) -> list[Any]:
     """The chunks of a stream that ends well."""
-    made = Chunks(heading, include_usage=usage)
+    made = Chunks(heading, include_usage=usage, logprobs=logprobs)
     raw = made.feed(frames(*events))
     assert made.over, "there is an end"
     assert made.failure is None, made.failure
@@ -152,7 +155,7 @@ WITH_LOGPROBS = [
 
 def test_logprobs_of_a_chat() -> None:
     """Each token comes with its log probability and the alternatives, in the chunk of its text."""
-    *found, _ = streamed(CHAT, *answer(*WITH_LOGPROBS))
+    *found, _ = streamed(CHAT, *answer(*WITH_LOGPROBS), logprobs=True)
     told = [chunk["choices"][0]["logprobs"] for chunk in found]
     assert told == [
         None,
@@ -169,7 +172,7 @@ def test_logprobs_of_a_chat() -> None:
 
 def test_logprobs_of_a_completion() -> None:
     """The old endpoint has columns, and where in the answer's text each token begins."""
-    *found, _ = streamed(PROMPT, *answer(*WITH_LOGPROBS))
+    *found, _ = streamed(PROMPT, *answer(*WITH_LOGPROBS), logprobs=True)
     first = {
         "tokens": ["a", "é"],
         "token_logprobs": [-0.5, -0.25],
@@ -188,17 +191,73 @@ def test_logprobs_of_a_completion() -> None:
     assert all_told["choices"][0]["logprobs"] == {name: first[name] + second[name] for name in first}
 
 
+@pytest.mark.parametrize("heading", [CHAT, PROMPT])
+def test_logprobs_that_nobody_asked_for(heading: Heading) -> None:
+    """They are left out, in whatever form they are, and their text is not."""
+    odd = {"delta": "x", "logprobs": 5}
+    found = streamed(heading, *answer(*WITH_LOGPROBS, odd))
+    assert {chunk["choices"][0]["logprobs"] for chunk in found[:-1]} == {None}
+    one = whole(heading, *answer(*WITH_LOGPROBS, odd))["choices"][0]
+    assert one["logprobs"] is None
+    assert "aéx" in json.dumps(one, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("heading", [CHAT, PROMPT])
+def test_no_logprobs_where_some_were_asked_for(heading: Heading) -> None:
+    """An answer without tokens has empty lists of them."""
+    told = whole(heading, *answer(), logprobs=True)["choices"][0]["logprobs"]
+    assert [value for name, value in told.items() if name != "refusal"] == [[]] * (1 if heading.chat else 4)
+
+
+@pytest.mark.parametrize("heading", [CHAT, PROMPT])
+def test_logprobs_are_bounded(heading: Heading) -> None:
+    """What is not streamed is kept up to a bound, and then the answer fails and says what to do; a stream
+    keeps nothing of what it has sent."""
+    many = frames(*[("text_delta", {"delta": "", "logprobs": [token("a", -0.5)] * 5000})] * 4)
+    made, kept = Chunks(heading, include_usage=False, logprobs=True), Whole(heading, logprobs=True)
+    made.feed(many)
+    tracemalloc.start()
+    for _ in range(10):
+        made.feed(many)
+    assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    tracemalloc.stop()
+    large = frames(("text_delta", {"delta": "", "logprobs": [{**token("a", 1), "token": "a" * (1 << 20)}]}))
+    fed = 0
+    while not kept.over:
+        kept.feed(large)
+        fed += len(large)
+    assert MAX_LOGPROBS_BYTES / 2 < fed < MAX_LOGPROBS_BYTES * 1.1, "the old endpoint tells a token twice"
+    assert kept.failure is not None
+    assert (kept.failure.status, kept.failure.code) == (400, "answer_too_large")
+    assert "stream it" in kept.failure.message
+
+
+NESTED = json.loads("[" * 300 + "]" * 300)
+
+
 @pytest.mark.parametrize(
-    "logprobs", [5, "x", [5], [{}], [{"token": "a"}], [{**token("a", 1), "top_logprobs": 3}]], ids=repr
+    "logprobs",
+    [
+        *(5, "x", {"a": 1}, [5], [{}], [{"token": "a"}], [{**token("a", 1), "top_logprobs": 3}]),
+        *([token("a", 1) | {name: NESTED}] for name in ("token", "logprob", "bytes")),
+        [{**token("a", 1), "bytes": [NESTED]}],
+        [{**token("a", 1), "token": 5}],
+        [{**token("a", 1), "logprob": True}],
+        [{**token("a", 1), "top_logprobs": [{**token("b", 1), "token": 5}]}],
+        [{**token("a", 1), "top_logprobs": [{**token("b", 1), "logprob": NESTED}]}],
+    ],
+    ids=lambda value: repr(value)[:60],
 )
 def test_logprobs_that_are_none(logprobs: Any) -> None:
     """A worker whose log probabilities are not in the promised form breaks the answer, and nothing else."""
-    events = answer({"delta": "a", "logprobs": logprobs})
+    # Not encoded by orjson, which cannot write all that it reads.
+    raw = json.dumps({"delta": "a", "logprobs": logprobs}, separators=(",", ":")).encode()
+    event = b"id: 1\nevent: text_delta\ndata: " + raw + b"\n\n"
     for heading in (CHAT, PROMPT):
-        made = Chunks(heading, include_usage=False)
-        made.feed(frames(*events))
+        made = Chunks(heading, include_usage=False, logprobs=True)
+        made.feed(event)
         collected = Whole(heading, logprobs=True)
-        collected.feed(frames(*events))
+        collected.feed(event)
         assert made.failure is not None
         assert (made.failure.status, made.failure.code) == (500, "worker_protocol")
         assert collected.failure == made.failure
@@ -222,6 +281,37 @@ def test_a_worker_that_does_not_say_why_it_stopped(events: list[tuple[str, dict[
         assert one.failure is not None
         assert one.failure.code == "worker_protocol"
     assert b"[DONE]" not in raw
+
+
+@pytest.mark.parametrize("heading", [CHAT, PROMPT])
+def test_a_text_without_deltas(heading: Heading) -> None:
+    """A worker that tells its text at the end alone is streamed as well, in one chunk."""
+    events = [event for event in answer("ab") if event[0] != "text_delta"]
+    for more in ([], [("text_delta", {"delta": ""})]):
+        found = streamed(heading, *more, *events)
+        choices = [chunk["choices"][0] for chunk in found[:-1]]
+        texts = [one["delta"].get("content") if heading.chat else one["text"] for one in choices]
+        assert [text for text in texts if text] == ["ab"]
+        assert choices[-1]["finish_reason"] == "stop"
+    assert [c["choices"][0]["finish_reason"] for c in streamed(PROMPT, *answer("a"))[:-1]] == [None, "stop"]
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        ("text_delta", {"delta": "c"}),
+        ("text_delta", {"delta": "c", "logprobs": []}),
+        ("text", {**TEXT, "text": "abc"}),
+    ],
+)
+def test_text_after_the_text(late: tuple[str, dict[str, Any]]) -> None:
+    """A worker that goes on after its `text` breaks the answer: nobody could tell which of both is right."""
+    events = answer("a", "b")
+    made, collected = Chunks(CHAT, include_usage=False), Whole(CHAT)
+    for one in (made, collected):
+        one.feed(frames(*events[:-2], late, *events[-2:]))
+        assert one.failure is not None
+        assert one.failure.code == "worker_protocol"
 
 
 @pytest.mark.parametrize("usage", [None, {}, {**USAGE, "total_tokens": "5"}, {"deltas": 2}, [1]])
@@ -289,12 +379,46 @@ def test_a_gap_is_no_text() -> None:
     assert behind.failure == made.failure, "what comes after the text may be lost no more than the text"
 
 
+@pytest.mark.parametrize("heading", [CHAT, PROMPT])
+def test_a_gap_that_took_the_text(heading: Heading) -> None:
+    """Where nothing is left but the end the answer is gone, and the worker is not to blame."""
+    left = frames(("gap", {"from": 1, "to": 9}), ("task_finish", FINISH))
+    for one in (Chunks(heading, include_usage=False), Whole(heading)):
+        one.feed(left)
+        assert one.failure is not None
+        assert (one.failure.status, one.failure.code) == (410, "events_gone")
+    failed = {"status": "failed", "error": {"code": "engine_dead", "message": "m"}}
+    kept = Whole(heading)
+    kept.feed(frames(("gap", {"from": 1, "to": 9}), ("task_finish", failed)))
+    assert kept.failure is not None
+    assert kept.failure.code == "engine_dead", "the end tells enough"
+
+
 def test_cut_off() -> None:
     """A stream that ends because the service is being replaced may be asked for again."""
     made = Chunks(CHAT, include_usage=False)
     made.cut_off()
     assert made.failure is not None
     assert (made.failure.status, made.failure.retry_after) == (503, 1)
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {"done": 1},
+        {"done": 1, "total": None},
+        {"done": -5, "total": 2},
+        {"done": 3, "total": 2},
+        {"done": 1e308, "total": 1e-300},
+        {"done": 1, "total": 0},
+    ],
+    ids=repr,
+)
+def test_progress_that_is_no_part(progress: dict[str, Any]) -> None:
+    """How far a stage is, is told where that is a part of a whole, and else the stage alone."""
+    made = Chunks(CHAT, include_usage=False)
+    made.feed(frames(("progress", {"stage": "loading", **progress})))
+    assert comments(made.comments()) == ["loading"]
 
 
 def test_comments_say_why_it_takes_long() -> None:

@@ -77,10 +77,11 @@ async def test_mistakes_do_not_echo(tmp_path: Path, change: dict[str, Any]) -> N
 
 
 async def test_mistakes_are_bounded(tmp_path: Path) -> None:
-    """However many mistakes there are, the answer stays small."""
+    """However many mistakes there are, the answer stays small: of unknown fields it tells the first."""
     async with api_world(tmp_path) as api:
         answer = await api.submit(**{f"f{n}": n for n in range(1000)})
-        assert len(answer.problem(422, "invalid_request")["errors"]) == 20
+        (error,) = answer.problem(422, "invalid_request")["errors"]
+        assert error["where"] == "body.f0"
 
 
 @pytest.mark.parametrize("last", ["-1", "x", "1.5", "1" * 16, ""])

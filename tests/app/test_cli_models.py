@@ -17,6 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gpu_server import cli
+from gpu_server.model_manifest import dumps
 from gpu_server.settings import Settings
 from tests.app.processes import ROOT
 from tests.drivers.models_world import (
@@ -29,6 +30,7 @@ from tests.drivers.models_world import (
     file_service,
     laid,
     lay,
+    manifest_of,
     s3_client,
     s3_server,
     tar_of,
@@ -113,6 +115,20 @@ def test_list(root: Path) -> None:
     assert "chat complete" in table
 
 
+def test_list_of_odd_names(root: Path) -> None:
+    """What looks like markup, or is not UTF-8, is shown as it is and breaks nothing."""
+    lay(root / "marked", {"manifest.json": dumps(manifest_of(FILES, "[/v]")), **FILES})
+    lay(root / "worse", {"manifest.json": dumps(manifest_of(FILES)), **FILES, "[red]a[/b]": b""})
+    lay(root / "bytes", with_manifest(FILES))
+    Path(os.fsdecode(os.fsencode(root / "bytes") + b"/caf\xe9.txt")).touch()
+    result = run("list")
+    assert result.exit_code == 0
+    for text in ("[/v]", "[red]a[/b]", r"caf\udce9.txt"):
+        assert text in result.stdout
+    assert listed()["bytes"]["state"] == r"caf\udce9.txt: is not in the manifest"
+    assert run("verify").exit_code == 1
+
+
 def test_verify(root: Path) -> None:
     """Exit status 1 and a line for each bad file; all models that have a manifest by default."""
     lay(root / "good", with_manifest(FILES))
@@ -168,6 +184,12 @@ def test_up_and_down(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     sent = run("upload", "org/m")
     assert (sent.exit_code, sent.stdout) == (0, "org/m: 5 files sent, 0 were there\n")
     assert run("upload", "org/m").stdout == "org/m: 0 files sent, 5 were there\n"
+    lay(root / "org/m", {"extra.json": b"{}"})
+    run("manifest", "org/m", "--version", "v2", "--force")
+    refused = run("upload", "org/m")
+    assert refused.exit_code == 1
+    assert "another version is there (v1)" in refused.stderr
+    assert run("upload", "org/m", "--force").stdout == "org/m: 1 files sent, 5 were there\n"
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("MODEL_CACHE_DIR", str(tmp_path / "other"))
     monkeypatch.setenv("STATE_DIR", str(tmp_path / "other-state"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
@@ -133,6 +134,28 @@ def test_a_header_that_never_fits() -> None:
         read(info.tobuf())
     with pytest.raises(TarError, match="cannot be read"):
         read(packed_header(b"x", b"7 path=toolong\n"))
+
+
+def test_many_headers_before_a_member() -> None:
+    """All of them count for it, and what nobody asks for is not kept."""
+    reader = TarReader()
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            record = b"65500 key%d=" % number
+            record += b"v" * (65500 - len(record) - 1) + b"\n"
+            assert not list(reader.feed(packed_header(b"x", record)))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1 << 20
+    plain = packed([(tarfile.TarInfo("plain"), b"")])
+    twice = packed_header(b"x", b"10 path=b\n") + packed_header(b"x", b"7 k=v1\n")
+    assert read(twice + plain) == {"b": b""}
+    sparse = packed_header(b"x", b"22 GNU.sparse.major=1\n") + packed_header(b"x", b"7 k=v1\n")
+    with pytest.raises(TarError, match="sparse"):
+        read(sparse + plain)
+    assert read(packed_header(b"x", b"10 path=b\n") + plain[:512] + plain) == {"b": b"", "plain": b""}
 
 
 def packed_header(kind: bytes, content: bytes) -> bytes:

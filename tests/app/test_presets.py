@@ -9,6 +9,7 @@ import pytest
 
 from gpu_server import presets
 from gpu_server.core.errors import Refusal, RefusalCode
+from gpu_server.core.slots import Tier
 from gpu_server.ports import Contract
 from gpu_server.presets import Preset, Presets, PresetsError
 from gpu_server.settings import Settings
@@ -71,6 +72,7 @@ def test_defaults(tmp_path: Path) -> None:
         "tmp_exec": False,
         "shm_size": 64 << 20,
         "openai": False,
+        "task_difficulty": None,
     }
 
 
@@ -87,9 +89,18 @@ def test_one_preset_of_a_model_serves_openai(tmp_path: Path) -> None:
         p: {docker_image: elsewhere/image, openai: true}
     """
     loaded = load(tmp_path, text, "image")
-    assert [loaded.openai_preset(model_id) for model_id in ("m", "n", "o", "?")] == ["q", None, "p", None]
+    found = [loaded.openai_preset(model_id) for model_id in ("m", "n", "o", "?")]
+    assert [one and one[0] for one in found] == ["q", None, "p", None]
     assert loaded.openai_models() == ["m"], "the image of `o` may not be started"
     assert loaded.changed_at == int((tmp_path / "presets.yaml").stat().st_mtime)
+
+
+def test_the_difficulty(tmp_path: Path) -> None:
+    """A preset may name the tier of the sessions that the OpenAI routes start; by default it names none."""
+    assert one(tmp_path).tier is None
+    assert one(tmp_path, "task_difficulty: high").tier is Tier.HIGH
+    (problem,) = problems(tmp_path, "models: {m: {p: {docker_image: image, task_difficulty: medium}}}")
+    assert "task_difficulty" in problem
 
 
 def test_every_field_is_in_the_readme() -> None:

@@ -90,3 +90,7 @@ async def test_reading_ahead(stage: Stage) -> None:
         task = group.create_task(stage.store.hydrate(stage.root / "org/there"))
         await asyncio.sleep(0)
         task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or task.exception() is None
+    await stage.store.hydrate(stage.root / "org/there")
+    assert await stage.store.prepare("org/there", ignore) == stage.root / "org/there"

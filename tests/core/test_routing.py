@@ -9,17 +9,25 @@ from hypothesis import strategies as st
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.routing import choose_session
 from gpu_server.core.sessions import TaskType
+from gpu_server.core.slots import Tier
 from tests.core.invariants import snapshot
-from tests.core.story import Story, work
+from tests.core.story import Story, device, work
 
 TWO = work(max_concurrent_tasks=2)
 
 
-def chosen(story: Story, tenant: str = "ann", model_id: str = "m", preset: str = "chat") -> str | None:
+def chosen(
+    story: Story,
+    tenant: str = "ann",
+    model_id: str = "m",
+    preset: str = "chat",
+    tier: Tier | None = None,
+    timeout: float = 60.0,
+) -> str | None:
     """The choice, after a look at whether choosing has changed anything."""
     before = snapshot(story.node)
     try:
-        return choose_session(story.node, tenant, model_id, preset)
+        return choose_session(story.node, tenant, model_id, preset, tier=tier, timeout=timeout, now=story.now)
     finally:
         assert snapshot(story.node) == before
 
@@ -140,6 +148,62 @@ def test_a_full_tenant_does_not_grow_the_wait_line() -> None:
     with pytest.raises(Refusal):
         chosen(story)
     assert chosen(story, "cid") is None, "who has no session may wait in line"
+
+
+def test_a_tier_of_its_own() -> None:
+    """A new session counts on slots of its tier, not on those of another."""
+    high = device("g1", frozenset({Tier.HIGH}))
+    story = Story("g0", high, session_queue_max=0)
+    story.ask("s1", workload=TWO)
+    story.ready("s1")
+    fill(story, "s1", 2, first=10)
+    assert chosen(story, tier=Tier.HIGH) is None
+    for tier in (None, Tier.LOW):
+        with pytest.raises(Refusal):
+            chosen(story, tier=tier)
+
+
+def aged(*slots: str, ages: tuple[float, ...]) -> Story:
+    """Sessions of these ages, the oldest first, with lives of 1,000 seconds."""
+    story = Story(*slots, max_lifetime=1000.0, idle_timeout=5000.0)
+    for number, (age, next_age) in enumerate(zip(ages, (*ages[1:], 0.0), strict=True), 1):
+        story.ask(f"s{number}", workload=TWO)
+        story.ready(f"s{number}")
+        story.after(age - next_age)
+    return story
+
+
+def test_near_its_end_a_session_comes_last() -> None:
+    """A task goes to a session that may outlive it, also to a busier one, or to one that still loads."""
+    story = aged("g0", "g1", ages=(950, 800))
+    assert chosen(story, timeout=50) == "s1", "enough is left"
+    assert chosen(story, timeout=51) == "s2"
+    fill(story, "s2", 2, first=10)
+    assert chosen(story, timeout=51) == "s2"
+    story = aged("g0", "g1", ages=(950,))
+    story.ask("s2", workload=TWO)
+    assert chosen(story, timeout=51) == "s2"
+
+
+def test_near_its_end_a_session_is_better_than_none() -> None:
+    """Where no other is there a new one is made, if that can start at once; else the one that is there will
+    do, of two equally busy ones the younger."""
+    story = aged("g0", "g1", ages=(950,))
+    assert chosen(story, timeout=51) is None
+    story.ask("s2", tenant="bob", workload=TWO)
+    assert chosen(story, timeout=51) == "s1"
+    story = aged("g0", "g1", ages=(990, 970))
+    assert chosen(story) == "s2"
+    fill(story, "s2", 1, first=10)
+    assert chosen(story) == "s1"
+
+
+def test_only_the_last_quarter_is_near_the_end() -> None:
+    """Where a task may take a whole lifetime, sessions are used all the same."""
+    story = aged("g0", "g1", ages=(750,))
+    assert chosen(story, timeout=1000) == "s1"
+    story.after(1)
+    assert chosen(story, timeout=1000) is None
 
 
 STEPS = st.lists(

@@ -196,6 +196,7 @@ class Tap:
         self.ranges: list[tuple[str, str]] = []
         self.break_next = 0
         self.hold_after: int | None = None
+        self.deny_after, self.deny_with = 0, list[str]()
         self.holding, self.go_on = asyncio.Event(), asyncio.Event()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -213,6 +214,9 @@ class Tap:
             content = await answer.read()
             kept = {k: v for k, v in answer.headers.items() if k not in ("Transfer-Encoding", "Connection")}
             if request.method == "GET" and "Range" in request.headers:
+                if self.deny_with and len(self.ranges) >= self.deny_after:
+                    code = self.deny_with.pop(0)
+                    return web.Response(status=403, text=f"<Error><Code>{code}</Code></Error>")
                 self.ranges.append((request.path, request.headers["Range"]))
                 if self.hold_after is not None and len(self.ranges) > self.hold_after:
                     self.holding.set()
@@ -244,6 +248,30 @@ async def tapped(target: str) -> AsyncIterator[Tap]:
     finally:
         tap.go_on.set()
         await runner.cleanup()
+
+
+# -- locks ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def told_when_taken() -> Iterator[asyncio.Event]:
+    """Set when somebody in this process has found a lock taken, and waits for it."""
+    import fcntl
+
+    loop, taken, real = asyncio.get_running_loop(), asyncio.Event(), fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        try:
+            real(descriptor, how)
+        except BlockingIOError:
+            loop.call_soon_threadsafe(taken.set)
+            raise
+
+    fcntl.flock = flock
+    try:
+        yield taken
+    finally:
+        fcntl.flock = real
 
 
 # -- file systems -----------------------------------------------------------------------------------------

@@ -79,11 +79,3 @@ async def test_a_job_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch)
         task.cancel()
     assert task.cancelled()
     release.set()
-
-
-async def test_stopped_from_outside() -> None:
-    """Who holds the stop can end the work; that is told as what it is."""
-    stop = Stop()
-    stop.set()
-    with pytest.raises(Stopped):
-        await work_off([lambda stop: 1], threads=1, name="crew", stop=stop)

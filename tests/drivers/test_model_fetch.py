@@ -35,6 +35,7 @@ from tests.drivers.models_world import (
     small_disk,
     tapped,
     tar_of,
+    told_when_taken,
     with_manifest,
 )
 
@@ -113,6 +114,61 @@ async def test_too_much_in_it(tmp_path: Path) -> None:
         with pytest.raises(FetchFailed, match=r"modeling.py: is not in the manifest"):
             await fetcher(tmp_path, FileService(service.url, FILE_KEY)).fetch("org/m", ignore)
     assert laid(tmp_path) == {}
+
+
+@pytest.mark.parametrize("files", [{".gitattributes": b""}, {"manifest.json": b"{}"}])
+async def test_nothing_in_it(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """What no loader would look for is no model."""
+    async with file_service(models={"org/m": tar_of(files)}) as service:
+        with pytest.raises(FetchFailed, match="no file that a loader would look for"):
+            await fetcher(tmp_path, FileService(service.url, FILE_KEY)).fetch("org/m", ignore)
+    assert laid(tmp_path) == {}
+
+
+async def test_not_into_a_model(tmp_path: Path) -> None:
+    """What could not be put in place is not asked for."""
+    lay(tmp_path / "m", FILES)
+    async with file_service(models={"m/x": tar_of(FILES)}) as service:
+        with pytest.raises(FetchFailed, match="m holds files"):
+            await fetcher(tmp_path, FileService(service.url, FILE_KEY)).fetch("m/x", ignore)
+        assert service.asked == []
+
+
+async def test_a_role_that_lost_its_rights(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before that is not thrown away: when the role has them again the download goes on."""
+    put(endpoint, "denied", with_manifest(FILES))
+    async with tapped(endpoint) as tap:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", tap.url)
+        source = S3Source(URI, part_bytes=65536, threads=1)
+        tap.deny_after, tap.deny_with = 4, ["AccessDenied"]
+        with pytest.raises(FetchFailed, match="S3 answered AccessDenied"):
+            await fetcher(tmp_path, source).fetch("denied", ignore)
+        folder = await fetcher(tmp_path, source).fetch("denied", ignore)
+        parts = sum(-(-len(content) // 65536) for content in with_manifest(FILES).values())
+        assert len(tap.ranges) == parts
+    assert laid(folder) == with_manifest(FILES)
+
+
+async def test_credentials_that_run_out(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are renewed: the download that they run out in is tried again."""
+    put(endpoint, "expired", with_manifest(FILES))
+    async with tapped(endpoint) as tap:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", tap.url)
+        tap.deny_after, tap.deny_with = 2, ["ExpiredToken"]
+        folder = await fetcher(tmp_path, S3Source(URI, part_bytes=65536)).fetch("expired", ignore)
+        assert tap.deny_with == []
+    assert laid(folder) == with_manifest(FILES)
+
+
+async def test_an_address_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is told with the name of the setting."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "s3.example.com")
+    with pytest.raises(FetchFailed, match="see AWS_ENDPOINT_URL"):
+        await fetcher(tmp_path, S3Source(URI)).fetch("org/m", ignore)
 
 
 async def test_breaks_in_the_middle(tmp_path: Path) -> None:
@@ -233,12 +289,12 @@ async def test_two_processes_at_once(tmp_path: Path) -> None:
     async with file_service(models={"org/m": tar_of(with_manifest(FILES))}, hold_at=1 << 17) as service:
         words = ("http", service.url, "org/m", FILE_KEY)
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            with another_process(tmp_path, *words) as one:
+            with another_process(tmp_path, *words) as one, told_when_taken() as taken:
                 await service.holding.wait()
                 mine = group.create_task(
                     fetcher(tmp_path, FileService(service.url, FILE_KEY)).fetch("org/m", ignore)
                 )
-                await asyncio.sleep(0.1)
+                await taken.wait()
                 assert not mine.done()
                 service.go_on.set()
                 assert await mine == tmp_path / "org/m"

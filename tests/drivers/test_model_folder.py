@@ -71,6 +71,33 @@ def test_links_that_a_container_cannot_follow(folder: Path, kind: str) -> None:
     assert caught.value.path in ("a-link", "next")
 
 
+def test_a_link_through_another(folder: Path) -> None:
+    """What follows a link is meant from where that one leads, as the kernel reads it: a file of this machine
+    is no part of a model, and one of the model is, by whatever way."""
+    lay(folder.parent, {"secret": b"of this machine"})
+    lay(folder, {"a/b/secret": b"decoy", "a/b/x": b"", "w": b"12"})
+    (folder / "a/b/up").symlink_to("../..")
+    (folder / "a/b/inside.bin").symlink_to("up/w")
+    assert {file.path: file.size for file in scan(folder)}["a/b/inside.bin"] == 2
+    (folder / "a/b/w.bin").symlink_to("up/../secret")
+    with pytest.raises(FolderFault, match=r"w\.bin: is a link out of the model's folder"):
+        scan(folder)
+    (folder / "a/b/w.bin").unlink()
+    (folder / "a/b/w.bin").symlink_to("none/../x")
+    with pytest.raises(FolderFault, match=r"w\.bin: is a link that leads nowhere"):
+        scan(folder)
+
+
+def test_names_of_any_bytes(folder: Path) -> None:
+    """A name that is not UTF-8, or moves the cursor of a terminal, is told so that all can print it."""
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).touch()
+    (folder / "a\x1b[2J").touch()
+    assert [str(fault) for fault in compare(manifest_of(FILES), scan(folder))] == [
+        r"a\x1b[2J: is not in the manifest",
+        r"caf\udce9.txt: is not in the manifest",
+    ]
+
+
 def test_what_is_no_file(folder: Path) -> None:
     """A socket or a pipe is told by name, and nobody waits for what might come out of it."""
     os.mkfifo(folder / "pipe")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,32 @@ def test_loader_order() -> None:
         "unet/b.safetensors",
         "unet/a.bin",
     ]
+
+
+def test_order_of_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand files are put in order without comparing each with each."""
+
+    def compared(one: FoundFile, other: object) -> bool:
+        raise AssertionError("two files were compared")
+
+    monkeypatch.setattr(FoundFile, "__eq__", compared)
+    files = [found("model.safetensors"), *(found(f"a/model-{number}.bin") for number in range(10_000))]
+    assert [f.path for f in in_loader_order(files)[:2]] == ["model.safetensors", "a/model-0.bin"]
+
+
+async def test_order_is_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other sessions go on while a large model's reads are planned."""
+    threads: list[threading.Thread] = []
+
+    def noting(files: Sequence[FoundFile]) -> list[FoundFile]:
+        threads.append(threading.current_thread())
+        return in_loader_order(files)
+
+    monkeypatch.setattr(model_hydrate, "in_loader_order", noting)
+    folder = lay(tmp_path / "m", {"config.json": b"{}"})
+    await hydrate(folder, scan(folder), budget=1 << 20)
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 def cached(path: Path) -> int:

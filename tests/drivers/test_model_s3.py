@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
-from gpu_server.drivers.model_s3 import S3Source, split
+from gpu_server.drivers.model_s3 import Listed, Part, S3Source, split
 from gpu_server.drivers.model_sources import FetchBroken, FetchRefused, ModelAbsent
 from gpu_server.drivers.model_staging import Staging, StagingFault
 from tests.drivers.models_world import (
@@ -99,6 +101,56 @@ async def test_what_is_not_there(staging: Staging) -> None:
         await S3Source("s3://no-such-bucket").bring("m", staging, ignore)
 
 
+async def test_an_organisation(endpoint: str, staging: Staging) -> None:
+    """Where there are only folders there are several models, and no one of them is meant."""
+    for name in ("a", "b"):
+        put(endpoint, f"organisation/{name}", FILES)
+    with pytest.raises(FetchRefused, match="organisation of models"):
+        await S3Source(URI).bring("organisation", staging, ignore)
+    assert laid(staging.files) == {}
+
+
+@asynccontextmanager
+async def listing(size: int) -> AsyncIterator[str]:
+    """An S3 server that lists one object, of any size."""
+
+    async def answer(request: web.Request) -> web.Response:
+        entry = f"<Contents><Key>store/m/w</Key><Size>{size}</Size><ETag>e</ETag></Contents>"
+        return web.Response(text=f"<ListBucketResult>{entry}</ListBucketResult>", content_type="text/xml")
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("size", [-1, (1 << 50) + 1, 10**18])
+async def test_sizes_that_cannot_be(staging: Staging, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A listing may claim any: it is told which, and of what."""
+    async with listing(size) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(FetchRefused, match=f"lists 'w' with {size} bytes"):
+            await S3Source(URI).bring("m", staging, ignore)
+
+
+async def test_a_size_that_never_fits(staging: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before millions of parts are planned."""
+
+    def planned(source: S3Source, file: Listed) -> Iterator[Part]:
+        raise AssertionError("parts were planned")
+
+    monkeypatch.setattr(S3Source, "_parts", planned)
+    async with listing(1 << 50) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(StagingFault, match=f"it needs {1 << 50} bytes"):
+            await S3Source(URI).bring("m", staging, ignore)
+
+
 async def test_nobody_there(staging: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that cannot be reached may be there later; its address and our keys are not told."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -165,6 +217,33 @@ async def test_what_was_left_is_not_trusted_blindly(
     changed = {**FILES, "model-00001-of-00002.safetensors": os.urandom(300_000)}
     put(endpoint, "left", changed)
     assert laid(await source.bring("left", staging, ignore)) == changed
+
+
+async def test_notes_do_not_outlive_their_file(
+    endpoint: str, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that went and came back, or became another and again what it was, is read anew: what was noted
+    of it once is not believed."""
+    put(endpoint, "returning", FILES)
+    source, name = S3Source(URI, part_bytes=PART), "model-00001-of-00002.safetensors"
+    await source.bring("returning", staging, ignore)
+    put(endpoint, "returning", {name: os.urandom(300_000)})
+    await source.bring("returning", staging, ignore)
+    put(endpoint, "returning", FILES)
+    assert laid(await source.bring("returning", staging, ignore)) == FILES
+    s3_client(endpoint).delete_object(Bucket="models", Key=f"store/returning/{name}")
+    await source.bring("returning", staging, ignore)
+    put(endpoint, "returning", FILES)
+    async with tapped(endpoint) as tap:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", tap.url)
+        tap.hold_after = 0
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            task = group.create_task(source.bring("returning", staging, ignore))
+            await tap.holding.wait()
+            task.cancel()
+        tap.hold_after = None
+        tap.go_on.set()
+        assert laid(await source.bring("returning", staging, ignore)) == FILES
 
 
 async def test_an_object_that_changes_meanwhile(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gpu_server.drivers import model_sources
 from gpu_server.drivers.crew import Stop
 from gpu_server.drivers.model_sources import (
     FetchBroken,
@@ -59,6 +63,47 @@ async def test_a_model(staging: Staging, chunked: bool, prefix: str) -> None:
     assert told[0] == (0, None if chunked else len(tar))
 
 
+async def test_a_file_that_is_called_like_the_organisation(staging: Staging) -> None:
+    """It is a file of the model, and no folder that the model is in."""
+    async with file_service(models={"org/m": tar_of({"org": b"1"})}) as service:
+        assert laid(await source(service).bring("org/m", staging, ignore)) == {"org": b"1"}
+
+
+async def test_one_thread_writes(staging: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the model is, one thread unpacks it, and closes what it has opened."""
+    monkeypatch.setattr(model_sources, "BLOCK_BYTES", 4 << 10)
+    threads: dict[str, list[threading.Thread]] = {"feed": [], "close": []}
+    for name, real in (("feed", Unpacker.feed), ("close", Unpacker.close)):
+
+        def noted(unpacker: Unpacker, *words: Any, name: str = name, real: Any = real) -> None:
+            threads[name].append(threading.current_thread())
+            real(unpacker, *words)
+
+        monkeypatch.setattr(Unpacker, name, noted)
+    async with file_service(models={"org/m": TAR}) as service:
+        await source(service).bring("org/m", staging, ignore)
+    assert len(threads["feed"]) > 1
+    assert len({*threads["feed"], *threads["close"]}) == 1
+    assert threading.current_thread() not in threads["close"]
+
+
+async def test_a_file_system_that_hangs(staging: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for without end, and only a few blocks are kept in memory meanwhile."""
+    go_on = threading.Event()
+    monkeypatch.setattr(Unpacker, "feed", lambda unpacker, block, stop: go_on.wait(20))
+    for name, value in (
+        ("BLOCK_BYTES", 4 << 10),
+        ("QUEUED_BLOCKS", 1),
+        ("WRITE_SECONDS", 0.05),
+        ("PARTING_SECONDS", 0.01),
+    ):
+        monkeypatch.setattr(model_sources, name, value)
+    async with file_service(models={"org/m": TAR}) as service:
+        with pytest.raises(StagingFault, match=r"did not answer within 0\.05 s"):
+            await source(service).bring("org/m", staging, ignore)
+    go_on.set()
+
+
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
@@ -94,6 +139,27 @@ async def test_nobody_there(staging: Staging) -> None:
         pass
     with pytest.raises(FetchBroken, match="connection"):
         await source(service).bring("org/m", staging, ignore)
+
+
+@pytest.mark.parametrize("url", ["http://..", "http://127.0.0.1:99999", "http://host:port"])
+async def test_an_address_that_is_none(staging: Staging, url: str) -> None:
+    """However it fails, the setting is named; another try would not help."""
+    with pytest.raises(FetchRefused, match="see FILE_SERVICE_URL"):
+        await FileService(url, FILE_KEY).bring("org/m", staging, ignore)
+
+
+async def test_a_service_that_takes_no_connection(staging: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is told from one that sends nothing."""
+    monkeypatch.setattr(model_sources, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)  # takes one, and nobody ever answers it
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        service = FileService(f"http://127.0.0.1:{full.getsockname()[1]}", FILE_KEY)
+        with pytest.raises(FetchBroken, match=r"took no connection within 0\.2 s"):
+            await service.bring("org/m", staging, ignore)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,15 @@ from pathlib import Path
 import pytest
 
 from gpu_server.drivers import model_staging
-from gpu_server.drivers.model_staging import STALE_SECONDS, Staging, StagingFault, staging_for, sweep
-from tests.drivers.models_world import FILES, laid, lay, remount_read_only, small_disk
+from gpu_server.drivers.model_staging import (
+    STALE_SECONDS,
+    Staging,
+    StagingFault,
+    fault_of,
+    staging_for,
+    sweep,
+)
+from tests.drivers.models_world import FILES, laid, lay, remount_read_only, small_disk, told_when_taken
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +115,86 @@ async def test_one_at_a_time(tmp_path: Path) -> None:
         async with staging_for(tmp_path, "m"):
             order.append("second")
 
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group, staging_for(tmp_path, "m"):
-        group.create_task(second())
-        async with staging_for(tmp_path, "n"):
-            await asyncio.sleep(0.1)
-        order.append("first")
+    with told_when_taken() as taken:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group, staging_for(tmp_path, "m"):
+            group.create_task(second())
+            async with staging_for(tmp_path, "n"):
+                await taken.wait()
+            order.append("first")
     assert order == ["first", "second"]
+
+
+async def test_a_lock_that_is_got_when_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that answers after its caller has left holds up nobody who comes later."""
+    loop, real = asyncio.get_running_loop(), fcntl.flock
+    trying, go_on = asyncio.Event(), threading.Event()
+
+    def slow(descriptor: int, how: int) -> None:
+        loop.call_soon_threadsafe(trying.set)
+        go_on.wait(20)
+        real(descriptor, how)
+
+    async def want() -> None:
+        async with staging_for(tmp_path, "m"):
+            pass
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        task = group.create_task(want())
+        await trying.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        go_on.set()
+        await want()
+    assert task.cancelled()
+
+
+async def test_letting_go_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system is not asked on the event loop, which everybody else needs."""
+    threads, real = [], Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        threads.append(threading.current_thread())
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    async with staging_for(tmp_path, "m"):
+        pass
+    assert len(threads) == 1
+    assert threads != [threading.current_thread()]
+
+
+async def test_names_that_look_like_locks(tmp_path: Path) -> None:
+    """No model's name is another one's lock."""
+    async with staging_for(tmp_path, "x.lock") as staging:
+        staging.begin("here")
+        async with asyncio.timeout(20), staging_for(tmp_path, "x"):
+            pass
+
+
+async def test_not_into_a_model(tmp_path: Path) -> None:
+    """A folder that holds files is a model, and gets no model into it; hidden files make no model."""
+    lay(tmp_path / "m", FILES)
+    lay(tmp_path / "org", {".listing": b""})
+    for model_id in ("m/x", "org/x"):
+        async with staging_for(tmp_path, model_id) as staging:
+            staging.begin("here")
+            lay(staging.files, FILES)
+            if model_id == "m/x":
+                with pytest.raises(StagingFault, match="m holds files"):
+                    staging.publish(staging.files)
+            else:
+                staging.publish(staging.files)
+    assert laid(tmp_path / "m") == laid(tmp_path / "org/x") == FILES
+
+
+@pytest.mark.parametrize(
+    ("number", "keeps"),
+    [(errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EIO, True), (errno.ESTALE, True)],
+)
+def test_what_may_pass(number: int, keeps: bool) -> None:
+    """A disk that is full needs its room back; after any other error a download may be gone on with."""
+    assert fault_of(OSError(number, os.strerror(number))).keeps is keeps
 
 
 @contextmanager
@@ -134,7 +217,7 @@ def holding(lock: Path) -> Iterator[subprocess.Popen[bytes]]:
 async def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     """What another process holds is waited for, and is free when that is killed."""
     (tmp_path / ".staging").mkdir()
-    lock = tmp_path / ".staging/m.lock"
+    lock = tmp_path / ".staging/m~lock"
     with holding(lock) as holder:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2), staging_for(tmp_path, "m"):
@@ -146,7 +229,7 @@ async def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 async def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who had it removed it just before this one got hold of it: a third one would get another file."""
-    lock, removed, real = tmp_path / ".staging/m.lock", [], fcntl.flock
+    lock, removed, real = tmp_path / ".staging/m~lock", [], fcntl.flock
 
     def too_late(descriptor: int, how: int) -> None:
         real(descriptor, how)
@@ -157,7 +240,7 @@ async def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fcntl, "flock", too_late)
     async with staging_for(tmp_path, "m"):
         held = os.listdir(tmp_path / ".staging")
-    assert (removed, held) == ([True], ["m.lock"])
+    assert (removed, held) == ([True], ["m~lock"])
 
 
 async def test_what_an_earlier_try_left(tmp_path: Path) -> None:
@@ -209,15 +292,22 @@ async def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.M
 
 async def test_sweeping(tmp_path: Path) -> None:
     """What belongs to a model that is there, and what nobody went on with for long, is removed; what somebody
-    works on, or may go on with, is not."""
+    works on, or may go on with, and what is no model's, is not."""
+    (tmp_path / ".staging/foo bar").mkdir(parents=True)
+
+    def is_there(model_id: str) -> bool:
+        if model_id == "foo bar":
+            raise ValueError("no model id")
+        return model_id in ("org/there", "held")
+
     for name in ("org%there", "stale", "held", "fresh"):
         lay(tmp_path / ".staging" / name, {"files/x": b"1", "origin": b"here"})
     for path in (tmp_path / ".staging/stale").rglob("*"):
         os.utime(path, (0, 0))
     os.utime(tmp_path / ".staging/stale", (0, 0))
     async with staging_for(tmp_path, "held"):
-        sweep(tmp_path, lambda model_id: model_id in ("org/there", "held"))
-        assert set(os.listdir(tmp_path / ".staging")) == {"held", "held.lock", "fresh"}
+        sweep(tmp_path, is_there)
+        assert set(os.listdir(tmp_path / ".staging")) == {"held", "held~lock", "fresh", "foo bar"}
     sweep(tmp_path, lambda model_id: False, now=STALE_SECONDS + 1e10)
     assert os.listdir(tmp_path / ".staging") == []
     sweep(tmp_path / "none", lambda model_id: False)

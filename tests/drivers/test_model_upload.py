@@ -11,6 +11,7 @@ import pytest
 from gpu_server.drivers import model_upload
 from gpu_server.drivers.model_folder import scan
 from gpu_server.drivers.model_s3 import S3Source
+from gpu_server.drivers.model_sources import FetchRefused
 from gpu_server.drivers.model_staging import Staging
 from gpu_server.drivers.model_upload import Uploaded, UploadFailed, upload
 from tests.drivers.models_world import (
@@ -51,8 +52,10 @@ def ignore(done: int, total: int | None) -> None:
     pass
 
 
-async def send(folder: Path, model_id: str, files: dict[str, bytes] = FILES, uri: str = URI) -> Uploaded:
-    return await upload(uri, model_id, folder, manifest_of(files), scan(folder), ignore)
+async def send(
+    folder: Path, model_id: str, files: dict[str, bytes] = FILES, uri: str = URI, *, force: bool = False
+) -> Uploaded:
+    return await upload(uri, model_id, folder, manifest_of(files), scan(folder), ignore, force=force)
 
 
 async def test_there_and_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +93,48 @@ async def test_the_manifest_comes_last(endpoint: str, folder: Path, monkeypatch:
     keys = [entry["Key"] for entry in _listed(endpoint, "store/last/")]
     assert "store/last/manifest.json" not in keys
     assert keys
+
+
+@pytest.mark.parametrize("there", [with_manifest({**FILES, "w": b"1"}), {"manifest.json": b"{}"}])
+async def test_another_version_is_left_alone(endpoint: str, folder: Path, there: dict[str, bytes]) -> None:
+    """Nothing of it is written over but by order, and that tells what it does not need any more."""
+    model_id = f"another-{len(there)}"
+    put(endpoint, model_id, there)
+    lay(folder, {"config.json": b"{}"})
+    changed = {**FILES, "config.json": b"{}"}
+    with pytest.raises(UploadFailed, match=r"is there.*--force"):
+        await send(folder, model_id, changed)
+    assert _content(endpoint, model_id) == there
+    done = await send(folder, model_id, changed, force=True)
+    assert done.strays == (("w",) if "w" in there else ())
+    assert _content(endpoint, model_id).items() >= with_manifest(changed).items()
+
+
+async def test_an_upload_over_another_that_breaks(endpoint: str, folder: Path, tmp_path: Path) -> None:
+    """What is there then is a mixture: nobody can fetch it, and the next try makes it whole, without being
+    told again that it may."""
+    await send(folder, "mixed")
+    new = {**FILES, "config.json": b'{"hidden_size": 512}', "z": b"1"}
+    lay(folder, new)
+    found = scan(folder)
+    (folder / "z").unlink()
+    with pytest.raises(UploadFailed):
+        await upload(URI, "mixed", folder, manifest_of(new), found, ignore, force=True)
+    staging = Staging(tmp_path, "mixed")
+    staging.begin("here")
+    with pytest.raises(FetchRefused, match="z is in its manifest, and not in S3"):
+        await S3Source(URI).bring("mixed", staging, ignore)
+    lay(folder, new)
+    await send(folder, "mixed", new)
+    assert laid(await S3Source(URI).bring("mixed", staging, ignore)) == with_manifest(new)
+
+
+def _content(endpoint: str, model_id: str) -> dict[str, bytes]:
+    client, prefix = s3_client(endpoint), f"store/{model_id}/"
+    keys = [entry["Key"] for entry in _listed(endpoint, prefix)]
+    return {
+        key.removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys
+    }
 
 
 def _listed(endpoint: str, prefix: str) -> list[dict[str, str]]:

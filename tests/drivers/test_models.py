@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gpu_server.drivers import model_hydrate
+from gpu_server.drivers import model_hydrate, models
 from gpu_server.drivers.model_memory import VerifiedModels
 from gpu_server.drivers.model_s3 import S3Source
 from gpu_server.drivers.model_sources import FileService
+from gpu_server.drivers.model_staging import Staging
 from gpu_server.drivers.models import FolderModelStore, sources_of, store_of
+from gpu_server.drivers.shared_work import Tell
 from gpu_server.ports import StartRefused
 from gpu_server.settings import Settings
 from tests.drivers.models_world import FILE_KEY, FILES, file_service, laid, lay, tar_of, with_manifest
@@ -43,6 +46,20 @@ def test_names_lists_models_of_both_levels(root: Path) -> None:
     """A folder with files is a model, one with only folders an organisation; hidden ones are neither."""
     assert FolderModelStore(root).names() == ("org/large", "small")
     assert FolderModelStore(root / "none").names() == ()
+
+
+async def test_what_is_around_or_in_a_model_is_none(root: Path) -> None:
+    """Neither an organisation nor a folder of a model is served; a hidden file makes no model."""
+    lay(root / "small/parts", {"weights": b"1"})
+    lay(root / "org", {".listing": b""})
+    store = FolderModelStore(root)
+    for model_id in ("org", "small/parts"):
+        assert await refusal(store, model_id) == (
+            "model_missing",
+            f"model {model_id} is not in the model store",
+        )
+    assert store.names() == ("org/large", "small")
+    assert await store.prepare("org/large", ignore) == root / "org/large"
 
 
 @pytest.mark.parametrize(
@@ -243,6 +260,62 @@ async def test_what_cannot_be_fetched(tmp_path: Path) -> None:
         )
 
 
+async def test_what_nobody_thought_of(tmp_path: Path) -> None:
+    """A source that fails in its own way is told by the kind of failure; what it says may hold anything."""
+
+    class Odd:
+        def origin(self, model_id: str) -> str:
+            return "odd"
+
+        async def bring(self, model_id: str, staging: Staging, tell: Tell) -> Path:
+            raise UnicodeError("/some/path and a secret")
+
+    assert await refusal(FolderModelStore(tmp_path, sources=[Odd()]), "m") == (
+        "model_fetch_failed",
+        "model m could not be fetched (UnicodeError)",
+    )
+
+
+async def test_a_mount_that_hangs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first who asks is told after a while, those who come then at once, and no thread waits for each of
+    them. When it answers again, all is well."""
+    go_on, asked, real = threading.Event(), [], FolderModelStore._real
+
+    def hanging(store: FolderModelStore, model_id: str) -> Path | None:
+        asked.append(threading.current_thread())
+        go_on.wait(20)
+        return real(store, model_id)
+
+    monkeypatch.setattr(models, "LOOKUP_SECONDS", 0.05)
+    monkeypatch.setattr(FolderModelStore, "_real", hanging)
+    store = FolderModelStore(root)
+    told = {await refusal(store, model_id) for model_id in ("small", "small", "org/large")}
+    message = "the model store did not answer within 0.05 s (looking for a model)"
+    assert told == {("model_missing", message)}
+    assert len(asked) == 1
+    go_on.set()
+    await asyncio.to_thread(asked[0].join)
+    monkeypatch.setattr(models, "LOOKUP_SECONDS", 20.0)
+    assert await store.prepare("org/large", ignore) == root / "org/large"
+
+
+async def test_a_state_folder_that_hangs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be remembered costs time later, and refuses nobody."""
+    go_on = threading.Event()
+
+    class Hanging(VerifiedModels):
+        def knows(self, *words: object) -> bool:
+            return go_on.wait(20)
+
+        def remember(self, *words: object) -> None:
+            go_on.wait(20)
+
+    monkeypatch.setattr(models, "STATE_SECONDS", 0.05)
+    lay(root / "m", with_manifest(FILES))
+    assert await FolderModelStore(root, verified=Hanging()).prepare("m", ignore) == root / "m"
+    go_on.set()
+
+
 async def test_what_comes_without_a_manifest(tmp_path: Path) -> None:
     """Where one is wanted, it has to come from who made the model: half an upload would be served else."""
     async with file_service(models={"m": tar_of(FILES)}) as service:
@@ -257,29 +330,33 @@ async def test_what_comes_without_a_manifest(tmp_path: Path) -> None:
 
 
 async def test_what_was_left_behind_is_removed(tmp_path: Path) -> None:
-    """When the store opens, what nobody has gone on with for long goes."""
+    """When the store opens, what nobody has gone on with for long goes, also where nothing is fetched any
+    more; a stray folder is left alone."""
+    lay(tmp_path / ".staging/foo bar", {})
     lay(tmp_path / ".staging/old", {"files/x": b"1"})
     for path in (*(tmp_path / ".staging/old").rglob("*"), tmp_path / ".staging/old"):
         os.utime(path, (0, 0))
-    async with FolderModelStore(tmp_path, sources=[FileService("http://nowhere", "key")]).open():
-        assert os.listdir(tmp_path / ".staging") == []
+    async with FolderModelStore(tmp_path).open():
+        assert os.listdir(tmp_path / ".staging") == ["foo bar"]
 
 
 async def test_reading_ahead_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sessions that start at once read it once; where it is switched off nobody does."""
-    reads, go_on = [], asyncio.Event()
+    reads, begun, go_on = [], asyncio.Event(), asyncio.Event()
 
     async def read(folder: Path, files: object, *, budget: int) -> int:
         reads.append(folder)
+        begun.set()
         await go_on.wait()
         return 0
 
     monkeypatch.setattr(model_hydrate, "hydrate", read)
     store = FolderModelStore(root)
     async with asyncio.timeout(20), store.open(), asyncio.TaskGroup() as group:
-        for _ in range(2):
-            group.create_task(store.hydrate(root / "small"))
-        await asyncio.sleep(0.05)
+        group.create_task(store.hydrate(root / "small"))
+        await begun.wait()
+        group.create_task(store.hydrate(root / "small"))
+        await asyncio.sleep(0)  # it joins
         go_on.set()
     assert reads == [root / "small"]
     await FolderModelStore(root, prefetch=False).hydrate(root / "small")
