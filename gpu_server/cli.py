@@ -13,7 +13,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gpu_server import __version__, cli_models, log, presets
 from gpu_server.client import Client, Refused, TaskEvent
@@ -216,7 +216,16 @@ def sessions_list(
             print(orjson.dumps(session).decode())
         return
     table = Table(
-        "session", "model", "preset", "state", "slots", "running", "waiting", "done", "ends", box=None
+        Column("session", no_wrap=True, min_width=28),
+        "model",
+        "preset",
+        "state",
+        "slots",
+        "running",
+        "waiting",
+        "done",
+        "ends",
+        box=None,
     )
     for session in answer["sessions"]:
         queue, expiry = session["queue"], session["expiry"]
@@ -326,7 +335,8 @@ def _run(url: str, api_key: str | None, tenant: str | None, work: Any) -> Any:
     except Refused as refused:
         err.print(str(refused), style="red", markup=False)
     except aiohttp.ClientError as error:
-        err.print(f"The service at {url} cannot be reached: {error}", style="red", markup=False)
+        message = f"The service at {url} cannot be reached: {error}; --url or GPU_SERVER_URL says where it is"
+        err.print(message, style="red", markup=False)
     except KeyboardInterrupt:
         message = (
             "interrupted; a task that nobody reads is cancelled after a while, but for one with --detach"

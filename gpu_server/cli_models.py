@@ -35,7 +35,7 @@ from gpu_server.drivers.model_folder import (
 from gpu_server.drivers.model_upload import UploadFailed
 from gpu_server.drivers.model_upload import upload as send
 from gpu_server.drivers.models import FolderModelStore, sources_of, store_of
-from gpu_server.model_manifest import Manifest, ManifestError, dumps, make
+from gpu_server.model_manifest import Manifest, ManifestError, dumps, is_derived, make
 from gpu_server.ports import StartRefused
 from gpu_server.settings import Settings
 
@@ -114,10 +114,14 @@ def verify(
 def fetch(model_id: ModelId) -> None:
     """Fetch a model into the store, from MODEL_SOURCE_S3_URI or else FILE_SERVICE_URL, and verify it."""
     settings = _settings()
-    if not sources_of(settings):
+    store = store_of(settings, fetching=True)
+    try:
+        there = store.find(model_id) is not None
+    except ValueError as error:
+        raise _failed(str(error)) from None
+    if not there and not sources_of(settings):
         err.print("[red]There is no source:[/] set MODEL_SOURCE_S3_URI or FILE_SERVICE_URL")
         raise typer.Exit(2)
-    store = store_of(settings, fetching=True)
     folder = _run(f"fetching {model_id}", partial(store.prepare, model_id))
     out.print(f"{model_id}: {folder}", markup=False)
 
@@ -136,7 +140,9 @@ def manifest(
     visible = [file for file in found if not file.hidden]
     try:
         hashed = _run(f"reading {model_id}", lambda tell: hash_files(folder, visible, tell))
-        new = make(hashed, version or (old.version if old is not None else None))
+        new = make(hashed, version)
+        if old is not None and version is None and not is_derived(old):
+            new = make(hashed, old.version)  # somebody's name for it
         if old is not None and old != new and not force:
             raise FolderFault("manifest.json", "is there and says otherwise; --force replaces it")
         if old != new:

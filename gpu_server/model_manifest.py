@@ -65,10 +65,17 @@ def make(files: Iterable[ModelFile], version: str | None = None) -> Manifest:
     Raises `ManifestError`, as `parse` does.
     """
     ordered = tuple(sorted(files, key=lambda file: file.path))
-    if version is None:
-        content = "\n".join(f"{file.sha256} {file.path}" for file in ordered)
-        version = f"sha256-{hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:16]}"
-    return parse(dumps(Manifest(version=version, files=ordered)))
+    return parse(dumps(Manifest(version=version or _derived(ordered), files=ordered)))
+
+
+def is_derived(manifest: Manifest) -> bool:
+    """Whether the version's name is made of what is in the files."""
+    return manifest.version == _derived(manifest.files)
+
+
+def _derived(files: Iterable[ModelFile]) -> str:
+    content = "\n".join(f"{file.sha256} {file.path}" for file in files)
+    return f"sha256-{hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
 
 def dumps(manifest: Manifest) -> bytes:

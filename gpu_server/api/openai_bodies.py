@@ -72,7 +72,7 @@ def _without(refused: Mapping[str, tuple[object, ...]], body: object) -> object:
         if name not in refused:
             left[name] = value
         elif not any(type(value) is type(nothing) and value == nothing for nothing in refused[name]):
-            message = f"{name} is not supported here with this value; leave it out"
+            message = f"{name} is not supported here; leave it out"
             raise PydanticCustomError(UNSUPPORTED, "{why}", {"why": message, "param": name})
     return left
 
@@ -116,8 +116,10 @@ class _ResponseFormat(ClosedBody):
 
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> _ResponseFormat:
-        if (self.type == "json_schema") is not (self.schema_ is not None):
-            raise ValueError("json_schema belongs to the type json_schema, and to no other")
+        if self.type == "json_schema" and self.schema_ is None:
+            raise _wrong("json_schema", "response_format of the type json_schema needs a json_schema")
+        if self.type != "json_schema" and self.schema_ is not None:
+            raise _wrong("json_schema", f"response_format of the type {self.type} has no json_schema")
         return self
 
 

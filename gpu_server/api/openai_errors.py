@@ -32,6 +32,7 @@ _FAILURE_STATUS: Mapping[str, int] = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
     ANSWER_TOO_LARGE: 400,
+    FailureCode.MODEL_MISSING: 404,
     FailureCode.TASK_CANCELLED: 409,
     FailureCode.CLIENT_GONE: 409,
     FailureCode.SESSION_KILLED: 409,

@@ -81,6 +81,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if error.errors() and error.errors()[0]["loc"][:1] == ("body",) and not isinstance(error.body, dict):
+            message = "the body must be a JSON object, sent with Content-Type: application/json"
+            return problem(Refusal(RefusalCode.INVALID_REQUEST, message))
         # The input itself is left out: it may be somebody's prompt, and may be huge. So may a field's name.
         errors = [
             {"where": ".".join(str(part)[:MAX_NAME_LENGTH] for part in detail["loc"]), "what": detail["msg"]}

@@ -225,7 +225,7 @@ def test_messages() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ({"logprobs": 3}, "invalid_value", "logprobs"),
         ({"response_format": {"type": "grammar"}}, "invalid_value", "response_format.type"),
-        ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format.json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
             "missing_required_parameter",

@@ -76,6 +76,18 @@ async def test_mistakes_do_not_echo(tmp_path: Path, change: dict[str, Any]) -> N
         assert len(answer.raw) < 2000
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b"{bad", "application/json"), (b"[]", "application/json"), (b"{}", "text/plain")]
+)
+async def test_a_body_that_is_no_object(tmp_path: Path, content: bytes, kind: str) -> None:
+    """What is wrong with the whole of it is said so."""
+    async with api_world(tmp_path) as api:
+        headers = {"Content-Type": kind}
+        answer = await api.ask("POST", "/api/tasks/submit", data=content, headers=headers)
+        told = answer.problem(422, "invalid_request")["detail"]
+        assert told == "the body must be a JSON object, sent with Content-Type: application/json"
+
+
 async def test_mistakes_are_bounded(tmp_path: Path) -> None:
     """However many mistakes there are, the answer stays small: of unknown fields it tells the first."""
     async with api_world(tmp_path) as api:

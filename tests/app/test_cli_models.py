@@ -165,6 +165,31 @@ def test_manifest(root: Path) -> None:
     assert as_json(root / "m/manifest.json") == made
     assert run("manifest", "m", "--version", "v2", "--force").exit_code == 0
     assert as_json(root / "m/manifest.json")["version"] == "v2"
+
+
+def test_a_version_named_by_its_content(root: Path) -> None:
+    """Other content has another name; a name that somebody gave stays."""
+    lay(root / "m", FILES)
+    versions = []
+    for content in (b"{}", b"[]"):
+        lay(root / "m", {"config.json": content})
+        assert run("manifest", "m", "--force").exit_code == 0
+        versions.append(as_json(root / "m/manifest.json")["version"])
+    assert versions[0] != versions[1]
+    assert run("manifest", "m", "--force", "--version", "mine").exit_code == 0
+    lay(root / "m", {"config.json": b"1"})
+    assert run("manifest", "m", "--force").exit_code == 0
+    assert as_json(root / "m/manifest.json")["version"] == "mine"
+
+
+def test_fetching_without_a_source(root: Path) -> None:
+    """That is no matter for a model that is there, nor for an id that is none."""
+    lay(root / "m", FILES)
+    assert run("fetch", "m").exit_code == 0
+    wrong = run("fetch", "../m")
+    assert (wrong.exit_code, "is no model id" in wrong.stderr) == (1, True)
+    missing = run("fetch", "other")
+    assert (missing.exit_code, "There is no source" in missing.stderr) == (2, True)
     (root / "m/manifest.json").write_text("[]")
     assert run("manifest", "m").exit_code == 1
     assert run("manifest", "m", "--force").exit_code == 0
