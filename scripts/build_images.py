@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 BASE = "python:3.11-slim"
 BASE_SUITE = "bookworm"  # the Debian release whose own Python is 3.11
+DEB_ARCHITECTURE = "amd64"  # of images that need Debian packages
 CONTEXT_LABEL = "gpu-server.context"
 
 
@@ -137,7 +138,7 @@ def debs(image: Image) -> Path:
     folder = CACHE / "debs" / image.name
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in image.debs if not any(folder.glob(f"{name}_*.deb"))]
-    if missing and shutil.which("apt-get") is not None:
+    if missing and host_packages_fit():
         print(f"images: downloading {' '.join(missing)} for {image.name}", flush=True)
         if os.environ.get("CI") and os.geteuid() == 0:
             quietly("apt-get", "update", "-q")
@@ -146,9 +147,22 @@ def debs(image: Image) -> Path:
     if missing:
         raise BuildError(
             f"{image.tag} needs Debian packages that apt-get cannot download here: {' '.join(missing)}.\n"
-            f"        Put them into {folder} (for {BASE}: packages.debian.org), or run apt-get update."
+            f"        Put those of {BASE_SUITE}, {DEB_ARCHITECTURE}, into {folder} (packages.debian.org).\n"
+            f"        On Debian {BASE_SUITE} with {DEB_ARCHITECTURE} it is enough to run apt-get update."
         )
     return folder
+
+
+def host_packages_fit() -> bool:
+    """Whether this machine's own packages are those of the base image."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        return False
+    system = platform.freedesktop_os_release()
+    return (
+        system.get("ID") == "debian"
+        and system.get("VERSION_CODENAME") == BASE_SUITE
+        and quietly("dpkg", "--print-architecture").strip() == DEB_ARCHITECTURE
+    )
 
 
 def wheels(name: str, requirements: Path) -> Path:
@@ -160,8 +174,9 @@ def wheels(name: str, requirements: Path) -> Path:
     if folder.is_dir() and stamp.is_file() and stamp.read_text() == wanted:
         return folder
     print(f"images: downloading the wheels for {name}", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    # What is there already, for older requirements or put there, is not loaded again.
+    stamp.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--only-binary=:all:", "-r", str(requirements), "--dest", str(folder)]
     command += [
@@ -187,6 +202,12 @@ def wheels(name: str, requirements: Path) -> Path:
         raise BuildError(
             f"{result.stderr[-4000:]}\nthe wheels of {requirements} could not be downloaded (see above){hint}"
         )
+    locked = requirements.read_text()
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            unwanted = hashlib.file_digest(file, "sha256").hexdigest() not in locked
+        if unwanted:
+            path.unlink()
     stamp.write_text(wanted)
     return folder
 

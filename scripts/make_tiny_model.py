@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 512
@@ -35,6 +35,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet)
     found.train_from_iterator(TEXT, trainer)
+    # As Llama's: whoever adds it a second time gets other text.
+    begin = SPECIAL[0]
+    found.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, found.token_to_id(begin))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=found,
         bos_token="<|begin|>",

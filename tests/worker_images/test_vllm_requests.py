@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from gpu_worker import TaskError
+from gpu_worker import TaskError, frames
 
 FOLDER = Path(__file__).parents[2] / "worker_images/vllm"
 
@@ -27,6 +28,7 @@ def module(name: str) -> ModuleType:
 
 requests = module("text_request")
 console = module("console")
+steps = module("text_steps")
 
 
 def refusal(**metadata: Any) -> str:
@@ -206,6 +208,157 @@ def test_a_schema_is_bounded() -> None:
         assert "more than 50000 characters" in refusal(prompt="a", response_format=schema(schema=long))
 
 
+def patterns(count: int, pattern: str) -> dict[str, Any]:
+    """A schema with so many properties of one pattern."""
+    return {"type": "object", "properties": {f"p{n}": {"pattern": pattern} for n in range(count)}}
+
+
+def test_repetitions_in_patterns_are_bounded() -> None:
+    """A schema of 15 kB, whose grammar took a minute, is refused before one is made."""
+    pattern = "^([a-z]{1,90}[0-9]{1,90}){1,50}$"
+    accepted = requests.parse({"prompt": "a", "response_format": schema(schema=patterns(1, pattern))})
+    assert accepted.structured == {"json": patterns(1, pattern)}
+    for wrong in (
+        patterns(200, pattern),
+        {"patternProperties": {pattern: {}, pattern + "a": {}}},
+        *(
+            {"pattern": one}
+            for one in ("a{20001}", "a{1,999999999999}", "((a{9}b{9}){99,}c){1,99}", "(a{20001}")
+        ),
+    ):
+        assert "characters of patterns" in refusal(prompt="a", response_format=schema(schema=wrong))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [
+        ("^a+$", 4),
+        ("a{90}", 90),
+        ("a{2,90}", 90),
+        ("a{ 2 , 90 }", 90),
+        ("a{2,}", 2),
+        ("(a{2}|b){10}", 30),
+        ("[a-z{90}]{3}", 3),
+        ("(a*b?){3}", 12),
+        ("[\\]a]{3}", 3),
+        ("\\{90}", 4),
+        ("((ab){10}){10}c", 201),
+        ("a)b", 3),
+        ("{{{{(((", 4),
+    ],
+)
+def test_a_pattern_is_measured_unrolled(pattern: str, length: int) -> None:
+    """Groups and repetitions count as often as they are there; what is escaped or in a class is none."""
+    assert requests._unrolled(pattern) == length
+
+
+def test_bounds_in_a_schema_are_bounded() -> None:
+    """Lengths and counts, together."""
+    for wrong in ({"maxLength": 1_000_001}, {"a": {"minItems": 600_000}, "b": {"maxItems": 600_000}}):
+        assert "minLength, maxLength" in refusal(prompt="a", response_format=schema(schema=wrong))
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_json_cannot_say_is_refused(number: float) -> None:
+    """1e999 is read as infinity."""
+    wrong = {"enum": [number]}
+    assert "a number" in refusal(prompt="a", response_format=schema(schema=wrong))
+
+
+@pytest.mark.parametrize("more", [{"ignore_eos": True}, {"min_tokens": 1}])
+def test_a_format_ends_where_it_ends(more: dict[str, Any]) -> None:
+    """To go on behind the end would give text that is not of the schema."""
+    for form in (schema(), {"type": "json_object"}):
+        assert refusal(prompt="a", response_format=form, **more).startswith(next(iter(more)))
+    requests.parse({"prompt": "a", "response_format": {"type": "text"}, **more})
+    requests.parse({"prompt": "a", "response_format": schema(), "ignore_eos": False, "min_tokens": 0})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "where"),
+    [
+        ({"prompt": "a\ud800"}, "prompt"),
+        ({"prompt": "a", "stop": ["b", "\udc00"]}, "stop"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages[0].name"),
+        ({"prompt": "a", "response_format": schema(schema={"enum": ["\ud800"]})}, "response_format"),
+        ({"prompt": "a", "response_format": schema(schema={"\ud800": {}})}, "response_format"),
+    ],
+)
+def test_half_a_character_is_refused_by_name(metadata: dict[str, Any], where: str) -> None:
+    """JSON may carry a surrogate alone; no tokenizer takes it."""
+    message = refusal(**metadata)
+    assert message.startswith(where)
+    assert "half a character" in message
+
+
+def test_a_token_is_biased_once() -> None:
+    """Two spellings of one token id are not two entries of which one wins."""
+    assert refusal(prompt="a", logit_bias={"7": 1, "007": 2}) == "logit_bias: token 7 is there twice"
+
+
+def test_messages_are_bounded_in_number() -> None:
+    """And so are the parts of their contents; their characters are counted before a template sees them."""
+    message = {"role": "user", "content": "Hello"}
+    assert refusal(messages=[message] * 4_097).startswith("messages must be up to 4096")
+    parts = {"role": "user", "content": [{"type": "text", "text": "ab"}] * 2_000}
+    assert refusal(messages=[parts] * 3).startswith("messages must have contents of up to 4096 parts")
+    assert requests.parse({"messages": [parts, message]}).characters == 4_005
+    assert requests.parse({"prompt": "a"}).characters == 0
+
+
+# -- what a step becomes ------------------------------------------------------------------------------------
+
+
+def entry(logprob: float, text: str = "x", rank: int | None = 1) -> SimpleNamespace:
+    """As vLLM's `Logprob` is."""
+    return SimpleNamespace(logprob=logprob, decoded_token=text, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("\0" * 1_200_000, []),
+        ("東" * 25_000, [steps.told(0, {n: entry(-1.0, "東" * 128, n + 1) for n in range(20)}, 20)] * 200),
+        ("", [steps.told(0, {0: entry(-1.0)}, 20)] * 5_000),
+    ],
+)
+def test_every_event_of_a_step_is_bounded(text: str, told: list[Any]) -> None:
+    """A step that waited for its readers is big; its events fit, and hold all of it in order."""
+    events = list(steps.events(text, told))
+    assert len(events) > 1
+    for delta, tokens in events:
+        frames.text_delta(delta, {"logprobs": tokens})
+    assert "".join(delta for delta, _ in events) == text
+    assert [token for _, tokens in events for token in tokens] == told
+
+
+def test_a_usual_step_is_one_event() -> None:
+    """And one that adds nothing is none."""
+    told = [steps.told(5, {5: entry(-0.5, "a", 2), 6: entry(-0.1, "b", 1)}, 1)]
+    assert list(steps.events("a", told)) == [("a", told)]
+    assert list(steps.events("a", [])) == [("a", [])]
+    assert list(steps.events("", [])) == []
+    assert told == [
+        {
+            "token": "a",
+            "logprob": -0.5,
+            "bytes": [97],
+            "top_logprobs": [{"token": "b", "logprob": -0.1, "bytes": [98]}],
+        }
+    ]
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf"), float("inf"), -1e5])
+def test_a_logprob_that_is_none(logprob: float) -> None:
+    """JSON has no word for it."""
+    assert steps.told(0, {0: entry(logprob)}, 0)["logprob"] == -9999
+
+
 # -- what the engine's log says -----------------------------------------------------------------------------
 
 
@@ -241,3 +394,33 @@ def test_the_log_tells_why_the_engine_failed() -> None:
     heard.hear("RuntimeError: Executor failed.")
     assert heard.fault == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
     assert console.is_echo("Engine core initialization failed. See root cause above.")
+
+
+def test_the_log_of_a_ready_engine() -> None:
+    """What was told before, and what this process tells of tasks, is not why the engine ends."""
+    heard = console.Console()
+    heard.hear("(EngineCore pid=33) WARNING 11-21 [x.py:1] ModuleNotFoundError: No module named 'triton'")
+    assert heard.fault is None
+    heard.hear("(EngineCore pid=33) ERROR 11-21 [x.py:1] OSError: not there, and not needed")
+    heard.ready()
+    assert (heard.fault, heard.stage) == (None, None)
+    heard.hear("ValueError: a task that failed")
+    heard.hear("Loading safetensors checkpoint shards:  50% Completed | 2/4 [00:03<00:03,  1.5s/it]")
+    assert (heard.fault, heard.stage) == (None, None)
+    for start in ("(EngineCore pid=33)", "\x1b[0;36m(Worker_TP0 pid=34)\x1b[0;0m"):
+        heard.hear(f"{start} ERROR 11-21 [x.py:1] torch.OutOfMemoryError: {start}")
+        assert heard.fault == f"torch.OutOfMemoryError: {start}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["checkpoint shards:" * 30_000 + "1" * 30_000, "Capturing CUDA graphs|" * 30_000, "a." * 500_000],
+)
+def test_a_hostile_line_is_read_quickly(line: str) -> None:
+    """Whatever a line is like, a hundred of them take no time worth naming."""
+    heard = console.Console()
+    began = time.perf_counter()
+    for _ in range(100):
+        heard.hear(line)
+    assert time.perf_counter() - began < 2
+    assert heard.stage is None

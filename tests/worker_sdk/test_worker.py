@@ -186,6 +186,37 @@ def test_the_process_of_a_failed_worker(tmp_path: Path, stuck: bool) -> None:
     assert "later" not in ended.stdout
 
 
+async def test_a_worker_may_fail_when_it_has_stopped(start: Callable[..., Any]) -> None:
+    """A thread that notices too late gets no error of a loop that is closed."""
+    worker = Worker()
+    worker.task(nothing)
+
+    async def serve() -> None:
+        async with start(worker):
+            pass
+
+    await asyncio.to_thread(asyncio.run, serve())
+    worker.fail("too late")
+    assert worker.failure == "too late"
+
+
+@pytest.mark.parametrize("broken", ["sys.stdout.close()", "sys.stderr.close()", "os.close(1); os.close(2)"])
+def test_a_failed_worker_ends_where_nobody_reads_its_log(tmp_path: Path, broken: str) -> None:
+    """Its status is 1 all the same, at once."""
+    program = tmp_path / "worker.py"
+    program.write_text(
+        "import os, sys\n"
+        "from gpu_worker.worker import _exit_failed\n"
+        "print('not written yet', end='')\n"
+        f"{broken}\n"
+        "_exit_failed('the engine is gone')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(gpu_worker.__file__).parents[1])}
+    # With a clean-up at its end, Python would give another status.
+    program.write_text(f"import atexit, os\natexit.register(os._exit, 3)\n{program.read_text()}")
+    assert subprocess.run([sys.executable, program], env=environment, capture_output=True).returncode == 1
+
+
 async def test_figures(start: Callable[..., Any]) -> None:
     """Health shows a worker's own numbers, where it tells any."""
     worker = Worker()

@@ -12,16 +12,19 @@ from collections.abc import Callable
 from typing import Final
 
 _PIECE = 65_536
-_LINE_MAX = 4_000
+_LINE_MAX = 1_000  # the beginning of a line
 _LINE_END = re.compile(rb"[\r\n]+")
-_SHARDS = re.compile(r"checkpoint shards:.*?(\d+)/(\d+) ")
-_GRAPHS = re.compile(r"Capturing CUDA graphs.*?(\d+)/(\d+) ")
+_SHARDS = re.compile(r"checkpoint shards:[^|]*\|\s{0,9}(\d{1,9})/(\d{1,9}) ")
+_GRAPHS = re.compile(r"Capturing CUDA graphs[^|]*\|[^|]*\|\s{0,9}(\d{1,9})/(\d{1,9}) ")
 _FAULT = re.compile(r"(?:^|\s)((?:[A-Za-z_]+\.)*[A-Za-z_]*(?:Error|Exception)\b(?::.*)?)$")
 # Of the fault that ended an engine these are the echo: who waited for it tells no reason.
 _ECHO = re.compile(
     r"EngineDeadError|Engine core initialization failed|EngineCore encountered an issue|Executor failed"
 )
+# How each line of vLLM's other processes begins, where a colour does not stand before it.
+_ENGINE = re.compile(r"(?:\x1b\[[0-9;]{0,9}m)?\((?:EngineCore|Worker)")
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
+_HARMLESS: Final = (" WARNING ", " INFO ", " DEBUG ")
 _WARM_UP: Final = ("Model loading took", "Warming up model", "Loading weights took")
 
 Stage = tuple[str, float, float | None]
@@ -38,16 +41,33 @@ class Console:
     def __init__(self) -> None:
         self.stage: Stage | None = None
         self.fault: str | None = None
+        self._ready = False
+
+    def ready(self) -> None:
+        """The engine has started: what went wrong on the way did not end it, and from now on only its own
+        processes tell why it ends. This one tells of tasks that failed, too."""
+        self._ready = True
+        self.stage = self.fault = None
 
     def hear(self, line: str) -> None:
         """Take one line of the log."""
-        if shards := _SHARDS.search(line):
+        line = line[:_LINE_MAX]
+        if self._ready:
+            if _ENGINE.match(line):
+                self._hear_fault(line)
+        elif shards := _SHARDS.search(line):
             self.stage = ("weights", int(shards[1]), int(shards[2]))
         elif graphs := _GRAPHS.search(line):
             self.stage = ("graphs", int(graphs[1]), int(graphs[2]))
         elif any(sign in line for sign in _WARM_UP):
             self.stage = ("warm-up", 0, None)
-        elif died := _DIED.search(line):
+        else:
+            self._hear_fault(line)
+
+    def _hear_fault(self, line: str) -> None:
+        if any(sign in line for sign in _HARMLESS):
+            return
+        if died := _DIED.search(line):
             self.fault = died[0]
         elif (fault := _FAULT.search(line)) and not is_echo(line):
             self.fault = fault[1][:500]
@@ -87,9 +107,9 @@ class Tap:
         while piece := os.read(reading, _PIECE):
             _write_all(real, piece)
             *lines, begun = _LINE_END.split(begun + piece)
-            begun = begun[-_LINE_MAX:]
+            begun = begun[:_LINE_MAX]
             for line in lines:
-                self._hear(line[-_LINE_MAX:].decode(errors="replace"))
+                self._hear(line[:_LINE_MAX].decode(errors="replace"))
         os.close(reading)
 
 

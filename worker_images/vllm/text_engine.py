@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import math
-from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from signal import Signals
@@ -20,9 +20,10 @@ from typing import Any
 from console import Console, Tap, is_echo
 from gpu_worker import Emitter, Progress, TaskError, Worker
 from text_request import Request
+from text_steps import events, told
+from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
-from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.renderers.params import ChatParams
@@ -33,8 +34,8 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 HEARTBEAT_SECONDS = 1.0
 EXIT_NEWS_SECONDS = 2.0
-STEP_TOKENS = 200  # with logprobs in one event; a step has more where its task waited for its readers
-LOGPROB_MIN = -9999.0  # as vLLM's own server writes minus infinity, which JSON cannot say
+GRAMMAR_SECONDS = 10.0
+GRAMMAR_THREADS = 2
 _TOO_LONG = ("input_tokens", "input_text")
 
 
@@ -52,6 +53,8 @@ def engine_args(environment: Mapping[str, str]) -> dict[str, Any]:
         "gpu_memory_utilization": float(environment.get("GPU_MEMORY_UTILIZATION", "0.9")),
         "max_num_seqs": tasks,
         "disable_log_stats": True,  # to the log; the figures go to /health
+        # Not "auto", which lets the first schema choose, and follows parts of later ones that it cannot.
+        "structured_outputs_config": {"backend": "xgrammar"},
     }
     try:
         wanted = json.loads(environment.get("ENGINE_ARGS") or "{}")
@@ -63,8 +66,10 @@ def engine_args(environment: Mapping[str, str]) -> dict[str, Any]:
     if unknown := sorted(wanted.keys() - known):
         raise SettingError(f"ENGINE_ARGS: vLLM has no engine argument {', '.join(unknown)}")
     args.update(wanted)
-    if args["max_num_seqs"] < tasks:
-        most = args["max_num_seqs"]
+    most = args["max_num_seqs"]
+    if type(most) is not int:
+        raise SettingError("ENGINE_ARGS: max_num_seqs must be a whole number")
+    if most < tasks:
         raise SettingError(f"ENGINE_ARGS: max_num_seqs is {most}, the preset's max_concurrent_tasks {tasks}")
     return args
 
@@ -91,6 +96,7 @@ async def load(environment: Mapping[str, str], progress: Progress, worker: Worke
     await progress("first token", 0, None)
     engine = Engine(starting.result(), console, tap, worker.fail)
     await engine.warm_up()
+    console.ready()
     # All that vLLM has made so far stays; to look through it again and again held up tokens for up to 1 s.
     gc.collect()
     gc.freeze()
@@ -100,7 +106,14 @@ async def load(environment: Mapping[str, str], progress: Progress, worker: Worke
 def _start(args: dict[str, Any], worker: Worker) -> AsyncLLM:
     """In a thread: it blocks until the engine's processes have loaded the model."""
     loggers: list[Any] = [_figures(worker.tell)]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
+    structured = args["structured_outputs_config"]
+    try:
+        if isinstance(structured, dict):  # of several such arguments, vLLM takes this one as an object only
+            args = {**args, "structured_outputs_config": StructuredOutputsConfig(**structured)}
+        asked = AsyncEngineArgs(**args)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"ENGINE_ARGS: {error}") from error
+    return AsyncLLM.from_engine_args(asked, stat_loggers=loggers)
 
 
 def _figures(tell: Callable[..., None]) -> type[PrometheusStatLogger]:
@@ -150,6 +163,11 @@ class Engine:
         self._processes = _processes(llm)
         self._defaults = llm.model_config.get_diff_sampling_param()
         self._death: asyncio.Future[str] | None = None
+        # vLLM would make a grammar on the event loop, where all streams would wait for it. So it is not told
+        # how to, and a thread does it before. A thread cannot be ended, so there are no more than a few.
+        self._grammars = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+        self._grammar_config = llm.input_processor.structured_outputs_config
+        llm.input_processor.structured_outputs_config = None
 
     async def warm_up(self) -> None:
         """One token: what follows does not pay for what is only made at first use."""
@@ -170,12 +188,6 @@ class Engine:
             return await self._run(request, task_id, emit)
         except EngineDeadError:
             raise TaskError("engine_dead", await self._reason()) from None
-        except (VLLMClientError, ValueError) as error:
-            raise _refusal(error, request) from None
-        except EngineGenerateError as error:
-            if isinstance(error.__cause__, ValueError):
-                raise _refusal(error.__cause__, request) from None
-            raise TaskError("task_failed", _message(error.__cause__ or error)) from error
 
     async def _run(self, request: Request, task_id: str, emit: Emitter) -> dict[str, int]:
         prompt = await self._prompt(request)
@@ -186,31 +198,27 @@ class Engine:
                 "context_length_exceeded",
                 f"the prompt has {prompt_tokens} tokens; the context of {context} leaves none to generate",
             )
-        wanted = {"max_tokens": None, **self._defaults, **request.sampling}
-        if request.structured is not None:
-            wanted["structured_outputs"] = StructuredOutputsParams(**request.structured)
-        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **wanted)
+        params = await self._params(request)
         pieces: list[str] = []
         completion_tokens = 0
         alternatives = request.logprobs
         last: RequestOutput | None = None
         # Closed at once where this ends early: that aborts the request.
-        async with aclosing(self._llm.generate(prompt, params, task_id)) as steps:
+        async with aclosing(self._steps(prompt, params, task_id, request)) as steps:
             async for step in steps:
                 last, output = step, step.outputs[0]
                 completion_tokens += len(output.token_ids)
                 text = output.text
                 if text:
                     pieces.append(text)
+                tokens = []
                 if alternatives is not None and output.logprobs:
-                    told = [
-                        _told(token, at, alternatives)
+                    tokens = [
+                        told(token, at, alternatives)
                         for token, at in zip(output.token_ids, output.logprobs, strict=False)
                     ]
-                    for start in range(0, len(told), STEP_TOKENS):
-                        await emit.text_delta(text if start == 0 else "", logprobs=told[start:][:STEP_TOKENS])
-                elif text:
-                    await emit.text_delta(text)
+                for piece, portion in events(text, tokens):
+                    await emit.text_delta(piece, **({"logprobs": portion} if portion else {}))
         assert last is not None
         end = last.outputs[0]
         if end.finish_reason == "error" and request.structured is not None:
@@ -228,17 +236,83 @@ class Engine:
             "total_tokens": prompt_tokens + completion_tokens,
         }
 
+    async def _steps(
+        self, prompt: Any, params: SamplingParams, task_id: str, request: Request
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """What the engine generates. What it refuses before the first step is the request's fault."""
+        begun = False
+        try:
+            async with aclosing(self._llm.generate(prompt, params, task_id)) as steps:
+                async for step in steps:
+                    begun = True
+                    yield step
+        except VLLMClientError as error:
+            if begun:
+                raise
+            raise _refusal(error, request) from None
+        except EngineGenerateError as error:
+            if isinstance(error.__cause__, ValueError) and not begun:
+                raise _refusal(error.__cause__, request) from None
+            raise TaskError("task_failed", _message(error.__cause__ or error)) from error
+        except EngineDeadError:
+            raise
+        except BaseException:
+            # A cancel while vLLM hands the request over leaves it in the engine. To abort one that is gone
+            # is nothing.
+            with suppress(Exception):
+                await asyncio.shield(self._llm.abort(task_id))
+            raise
+
+    async def _params(self, request: Request) -> SamplingParams:
+        """The parameters, checked against the model, and the grammar that they ask for against its makers."""
+        wanted = {"max_tokens": None, **self._defaults, **request.sampling}
+        try:
+            if request.structured is None:
+                return SamplingParams(output_kind=RequestOutputKind.DELTA, **wanted)
+            wanted["structured_outputs"] = StructuredOutputsParams(**request.structured)
+            params = SamplingParams(output_kind=RequestOutputKind.DELTA, **wanted)
+            model, speculation = self._llm.model_config, self._llm.vllm_config.speculative_config
+            tokenizer = self._llm.renderer.tokenizer
+            making = asyncio.get_running_loop().run_in_executor(
+                self._grammars, params.verify, model, speculation, self._grammar_config, tokenizer
+            )
+            async with asyncio.timeout(GRAMMAR_SECONDS):
+                await making
+        except TimeoutError:
+            message = f"response_format: no grammar was made of it within {GRAMMAR_SECONDS:g} s"
+            raise TaskError("invalid_request", message) from None
+        except (VLLMClientError, ValueError) as error:
+            # The schema is what is checked last; other parameters are named.
+            raise _refusal(error, request, "response_format" if request.structured else None) from None
+        return params
+
     async def _prompt(self, request: Request) -> Any:
         """The prompt as the engine takes it; a template or a tokenizer may take long, so threads do it."""
-        if request.messages is not None:
-            chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
-            _, (prompt,) = await self._llm.renderer.render_chat_async([request.messages], chat)
-            return prompt
-        content: Any = request.prompt
-        if isinstance(content, list):
-            self._llm.renderer.validate_token_ids(content, parameter="prompt")
-            content = {"prompt_token_ids": content}
-        return await self._render(parse_model_prompt(self._llm.model_config, content))
+        try:
+            if request.messages is not None:
+                self._check_length(request.characters)
+                chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+                _, (prompt,) = await self._llm.renderer.render_chat_async([request.messages], chat)
+                return prompt
+            content: Any = request.prompt
+            if isinstance(content, list):
+                self._llm.renderer.validate_token_ids(content, parameter="prompt")
+                content = {"prompt_token_ids": content}
+            return await self._render(parse_model_prompt(self._llm.model_config, content))
+        except TimeoutError as error:
+            raise TaskError("prompt_timeout", f"messages: {_message(error)}") from None
+        except (VLLMClientError, ValueError) as error:
+            raise _refusal(error, request, "prompt" if request.messages is None else "messages") from None
+
+    def _check_length(self, characters: int) -> None:
+        """A template takes its time and memory for any length; vLLM looks at the length after it."""
+        context = self._llm.model_config.max_model_len
+        tokenizer = self._llm.renderer.tokenizer
+        if tokenizer is not None and characters > context * tokenizer.max_chars_per_token:
+            raise TaskError(
+                "context_length_exceeded",
+                f"the messages have {characters} characters; no context of {context} tokens holds as many",
+            )
 
     async def _render(self, parsed: Any) -> Any:
         (prompt,) = await self._llm.renderer.render_cmpl_async([parsed])
@@ -264,7 +338,8 @@ class Engine:
         self._tap.close()
         ended = [_how(process) for process in self._processes if process.exitcode is not None]
         how = f"vLLM's engine process {', '.join(ended)}" if ended else "vLLM's engine has failed"
-        return f"{how}: {self._console.fault}" if self._console.fault else how
+        signalled = any((process.exitcode or 0) < 0 for process in self._processes)  # that is the reason
+        return how if signalled or self._console.fault is None else f"{how}: {self._console.fault}"
 
 
 def _processes(llm: AsyncLLM) -> list[BaseProcess]:
@@ -281,32 +356,12 @@ def _how(process: BaseProcess) -> str:
     return f"was ended by {Signals(-status).name}{killed}"
 
 
-def _told(token: int, at: Mapping[int, Logprob], alternatives: int) -> dict[str, Any]:
-    """A token with its logprob and the most probable tokens at its place, the best first."""
-    best = sorted((p for p in at.values() if (p.rank or math.inf) <= alternatives), key=_rank)
-    return {**_entry(at[token]), "top_logprobs": [_entry(entry) for entry in best]}
-
-
-def _rank(entry: Logprob) -> int:
-    return entry.rank or 0
-
-
-def _entry(entry: Logprob) -> dict[str, Any]:
-    text = entry.decoded_token or ""
-    return {
-        "token": text,
-        "logprob": max(entry.logprob, LOGPROB_MIN),
-        "bytes": list(text.encode("utf-8", "replace")),
-    }
-
-
-def _refusal(error: Exception, request: Request) -> TaskError:
-    """What vLLM says of a request that it does not take. The parameter is named where it does not do so."""
-    message, parameter = _message(error), getattr(error, "parameter", None)
+def _refusal(error: BaseException, request: Request, about: str | None = None) -> TaskError:
+    """What vLLM says of a request that it does not take. The parameter is named where it does not do so:
+    `about`, if it is no other."""
+    message, parameter = _message(error), getattr(error, "parameter", None) or about
     if parameter in _TOO_LONG:
         return TaskError("context_length_exceeded", message)
-    if parameter is None and request.structured is not None:
-        parameter = "response_format"  # the rest was checked before
     if parameter is not None and not any(name in message for name in (parameter, *request.sampling)):
         message = f"{parameter}: {message}"
     return TaskError("invalid_request", message)

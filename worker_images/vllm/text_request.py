@@ -22,10 +22,19 @@ LOGIT_BIAS_MAX = 1_024
 SCHEMA_DEPTH_MAX = 32
 SCHEMA_PARTS_MAX = 2_000  # 9,000 texts in an enum kept the engine's compiler busy for two minutes
 SCHEMA_TEXT_MAX = 50_000  # characters, of all names and texts together
+# Of all patterns, as long as they are with their {n,m} written out: ([a-z]{1,90}[0-9]{1,90}){1,50} is 9,000,
+# and a second. 15 kB of such patterns were a minute and more.
+PATTERNS_MAX = 10_000
+# Of all bounds on lengths and counts (maxLength, minItems and the like) together.
+BOUNDS_MAX = 1_000_000
+MESSAGES_MAX = 4_096  # and so many parts of their contents
 _INT64 = 1 << 63
 _TOKEN_MAX = 1 << 31
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 _SCHEMA_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_BOUNDS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+# What a pattern is made of: an escape, a repetition with numbers, or one character.
+_PATTERN_PART = re.compile(r"\\.|\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}|.", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +53,14 @@ class Request:
         found: int | None = self.sampling.get("logprobs")
         return found
 
+    @property
+    def characters(self) -> int:
+        """Of all messages together; a template only adds to them."""
+        return sum(
+            len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+            for content in (message["content"] for message in self.messages or [])
+        )
+
 
 def parse(metadata: Mapping[str, Any]) -> Request:
     """The request in a task's metadata. Null counts as absent. Raises `TaskError` (`invalid_request`)."""
@@ -56,16 +73,31 @@ def parse(metadata: Mapping[str, Any]) -> Request:
     sampling = {name: check(name, wish[name]) for name, check in _CHECKS.items() if name in wish}
     if sampling.get("min_tokens", 0) > sampling.get("max_tokens", math.inf):
         raise _refused("min_tokens must not be more than max_tokens")
+    structured = _structured(wish["response_format"]) if "response_format" in wish else None
+    if structured is not None:
+        # The end of what the format allows is the end: to go on would be to leave it.
+        for name in ("ignore_eos", "min_tokens"):
+            if sampling.get(name):
+                raise _refused(f"{name} cannot go with a response_format other than text")
     return Request(
         prompt=_prompt(wish["prompt"]) if "prompt" in wish else None,
         messages=_messages(wish["messages"]) if "messages" in wish else None,
         sampling=sampling,
-        structured=_structured(wish["response_format"]) if "response_format" in wish else None,
+        structured=structured,
     )
 
 
 def _refused(message: str) -> TaskError:
     return TaskError("invalid_request", message)
+
+
+def _whole_characters(where: str, *texts: str) -> None:
+    """JSON may hold half a character (a lone surrogate), of which no tokenizer makes tokens."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _refused(f"{where} holds half a character: a surrogate without its other half") from None
 
 
 # -- prompt and messages ------------------------------------------------------------------------------------
@@ -76,12 +108,19 @@ def _prompt(value: Any) -> str | list[int]:
         raise _refused("prompt must be a text or a list of token ids, and not empty")
     if isinstance(value, list) and not all(type(token) is int and 0 <= token < _TOKEN_MAX for token in value):
         raise _refused("prompt must be a text, or hold nothing but token ids: whole numbers from 0 on")
+    if isinstance(value, str):
+        _whole_characters("prompt", value)
     return value
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not value or not isinstance(value, list):
         raise _refused("messages must be a list of messages, and not empty")
+    if len(value) > MESSAGES_MAX:
+        raise _refused(f"messages must be up to {MESSAGES_MAX} messages")
+    contents = [message.get("content") for message in value if isinstance(message, dict)]
+    if sum(len(content) for content in contents if isinstance(content, list)) > MESSAGES_MAX:
+        raise _refused(f"messages must have contents of up to {MESSAGES_MAX} parts together")
     return [_message(f"messages[{number}]", message) for number, message in enumerate(value)]
 
 
@@ -96,6 +135,7 @@ def _message(where: str, value: Any) -> dict[str, Any]:
         raise _refused(f"{where}.role must be one of {', '.join(ROLES)}")
     if not isinstance(message.get("name", ""), str):
         raise _refused(f"{where}.name must be a text")
+    _whole_characters(f"{where}.name", message.get("name", ""))
     content = message.get("content")
     if isinstance(content, list) and content:
         return {
@@ -104,6 +144,7 @@ def _message(where: str, value: Any) -> dict[str, Any]:
         }
     if not isinstance(content, str):
         raise _refused(f"{where}.content must be a text, or a list of parts of type text")
+    _whole_characters(f"{where}.content", content)
     return message
 
 
@@ -112,6 +153,7 @@ def _part(where: str, value: Any) -> dict[str, str]:
         raise _refused(f'{where} must be {{"type": "text", "text": ...}}: other types are not supported')
     if value.keys() != {"type", "text"} or not isinstance(value["text"], str):
         raise _refused(f"{where} must hold type and text, and text must be a text")
+    _whole_characters(where, value["text"])
     return value
 
 
@@ -166,6 +208,7 @@ def _stop(name: str, value: Any) -> list[str]:
         raise _refused(f"{name} must be a text or a list of up to {STOP_MAX} texts")
     if not all(isinstance(stop, str) and 0 < len(stop) <= STOP_LENGTH_MAX for stop in stops):
         raise _refused(f"{name} must hold texts of 1 to {STOP_LENGTH_MAX} characters")
+    _whole_characters(name, *stops)
     return stops
 
 
@@ -177,6 +220,8 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
     for token, weight in value.items():
         if _TOKEN_ID.fullmatch(token) is None or int(token) >= _TOKEN_MAX:
             raise _refused(f"{name}: {token[:64]!r} is no token id")
+        if int(token) in bias:
+            raise _refused(f"{name}: token {int(token)} is there twice")
         bias[int(token)] = weigh(name, weight)
     return bias
 
@@ -242,20 +287,71 @@ def _schema(value: Any) -> dict[str, Any]:
 
 def _check_size(where: str, schema: Any) -> None:
     """A grammar is made of the schema before anything is generated, and grows faster than it."""
-    level, parts, text = [schema], 0, 0
+    level, parts, text, patterns, bounds = [schema], 0, 0, 0, 0
     for _ in range(SCHEMA_DEPTH_MAX):
         inside: list[Any] = []
         for node in level:
             if isinstance(node, dict):
+                _whole_characters(where, *node)
                 text += sum(map(len, node))
+                # One that bounds nothing (a property of that name, in an example) is counted all the same.
+                bounds += sum(_bound(node.get(name)) for name in _BOUNDS)
+                patterns += _unrolled(node.get("pattern"))
+                properties = node.get("patternProperties")
+                patterns += sum(map(_unrolled, properties)) if isinstance(properties, dict) else 0
             inside += node.values() if isinstance(node, dict) else node
         parts += len(inside)
-        text += sum(len(part) for part in inside if isinstance(part, str))
-        if parts > SCHEMA_PARTS_MAX:
-            raise _refused(f"{where} has more than {SCHEMA_PARTS_MAX} parts")
-        if text > SCHEMA_TEXT_MAX:
-            raise _refused(f"{where} has more than {SCHEMA_TEXT_MAX} characters of names and texts")
+        texts = [part for part in inside if isinstance(part, str)]
+        _whole_characters(where, *texts)
+        text += sum(map(len, texts))
+        if not all(math.isfinite(part) for part in inside if isinstance(part, float)):
+            raise _refused(f"{where} has a number that is too big, or none")
+        for count, most, what in (
+            (parts, SCHEMA_PARTS_MAX, "parts"),
+            (text, SCHEMA_TEXT_MAX, "characters of names and texts"),
+            (patterns, PATTERNS_MAX, "characters of patterns, with their repetitions written out"),
+            (bounds, BOUNDS_MAX, f"as the sum of {', '.join(_BOUNDS)}"),
+        ):
+            if count > most:
+                raise _refused(f"{where} has more than {most} {what}")
         level = [part for part in inside if isinstance(part, dict | list)]
         if not level:
             return
     raise _refused(f"{where} is nested more than {SCHEMA_DEPTH_MAX} levels deep")
+
+
+def _bound(value: Any) -> int:
+    return min(max(value, 0), BOUNDS_MAX + 1) if type(value) is int else 0
+
+
+def _unrolled(pattern: Any) -> int:
+    """The length of a pattern with each {n,m} written out; a class of characters is one."""
+    if not isinstance(pattern, str):
+        return 0
+    outer: list[int] = []
+    length = last = 0  # so far in this group, and its last part
+    in_class = False
+    for part in _PATTERN_PART.finditer(pattern):
+        if in_class:
+            in_class = part[0] != "]"
+        elif part[1] is not None:
+            times = max(_times(part[1]), _times(part[2] or ""), 1)
+            length, last = length + last * (times - 1), last * times
+        elif part[0] == "(":
+            outer.append(length)
+            length = last = 0
+        elif part[0] == ")" and outer:
+            length, last = outer.pop() + length, length
+        elif part[0] in "*+?":
+            length += 1
+        elif part[0] != "|":
+            length, last = length + 1, 1
+            in_class = part[0] == "["
+        if length > PATTERNS_MAX:
+            break
+    return length + sum(outer)
+
+
+def _times(digits: str) -> int:
+    """Long numbers are not read: they are too many anyway, and take quadratic time."""
+    return int(digits or 0) if len(digits) < 10 else 1 << 31

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import signal
@@ -98,7 +99,12 @@ class Worker:
             raise RuntimeError("no function is decorated with @worker.task")
         self.health = Health(session_id=session_id)
         loop = asyncio.get_running_loop()
-        self._stop = lambda: loop.call_soon_threadsafe(stop.set)
+
+        def stopping() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: what was to stop has stopped
+                loop.call_soon_threadsafe(stop.set)
+
+        self._stop = stopping
         if self.failure is not None:
             stop.set()
         async with asyncio.TaskGroup() as group:
@@ -166,7 +172,10 @@ def _exit_in(seconds: float, way: Callable[[Any], Any], argument: object) -> Non
 
 def _exit_failed(reason: str) -> None:
     """Nothing may run that could print after the reason, or wait for what is dead: no clean-up at exit."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    print(f"the worker failed: {reason}", file=sys.stderr, flush=True)
-    os._exit(1)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # closed, or nobody reads it
+                stream.flush()
+        print(f"the worker failed: {reason}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
