@@ -111,6 +111,7 @@ async def test_limits_hold(report: dict[str, Any]) -> None:
 async def test_it_is_told_no_secrets(report: dict[str, Any]) -> None:
     """Its environment is the contract's, the preset's and its image's, nothing of the service's."""
     contract = {"HOME", "USER", "LOGNAME", "GPU_SESSION_ID", "GPU_WORKER_SOCKET", "NVIDIA_VISIBLE_DEVICES"}
+    contract |= {"MAX_CONCURRENT_TASKS", "GPU_COUNT", "GPU_MEMORY_UTILIZATION"}
     preset = {"MODEL_ID", "TASK_PRESET", "HOSTILE_MODE"}
     image = {"HOSTILE_IMAGE", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PATH", "HOSTNAME"}
     also_in_the_official_image = {"LANG", "GPG_KEY", "PYTHON_VERSION", "PYTHON_SHA256", "LC_CTYPE"}
