@@ -192,19 +192,15 @@ class _Generation(ClosedBody):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def alternatives(self) -> int | None:
-        """How many alternatives each token is to be told with; None: no log probabilities are asked for."""
-        raise NotImplementedError
-
-    def metadata(self) -> dict[str, Any]:
-        """The task's metadata: what was asked for, under the names of the contract."""
+    def _asked(self, alternatives: int | None) -> dict[str, Any]:
+        """What was asked for, under the names of the contract; with so many alternatives for each token, or
+        None where no log probabilities are asked for."""
         asked = self.model_dump(exclude_none=True, exclude=_NOT_FOR_THE_WORKER)
         for name, nothing in _NOTHING.items():
             if asked.get(name) == nothing:
                 del asked[name]
-        if self.alternatives is not None:
-            asked["logprobs"] = self.alternatives
+        if alternatives is not None:
+            asked["logprobs"] = alternatives
         return asked
 
 
@@ -262,11 +258,12 @@ class ChatBody(_Generation):
 
     @property
     def alternatives(self) -> int | None:
+        """How many alternatives each token is to be told with; None: no log probabilities are asked for."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def metadata(self) -> dict[str, Any]:
         """The task's metadata."""
-        asked = super().metadata()
+        asked = self._asked(self.alternatives)
         if (most := self.max_completion_tokens or self.max_tokens) is not None:
             asked["max_tokens"] = most
         return asked
@@ -298,11 +295,12 @@ class CompletionBody(_Generation):
 
     @property
     def alternatives(self) -> int | None:
+        """As for a chat."""
         return self.logprobs
 
     def metadata(self) -> dict[str, Any]:
         """The task's metadata."""
-        return {"max_tokens": COMPLETION_MAX_TOKENS, **super().metadata()}
+        return {"max_tokens": COMPLETION_MAX_TOKENS, **self._asked(self.alternatives)}
 
 
 def _wrong(name: str, message: str) -> PydanticCustomError:
