@@ -266,6 +266,75 @@ class ModelStore(Protocol):
         nothing, and may be cancelled at any time."""
 
 
+class EnclaveDown(Exception):
+    """The enclave is not there now, or does not answer. The message says why."""
+
+
+class EnclaveRefused(Exception):
+    """The enclave answered, and said no. `code` is one of those in docs/sealed.md (BUSY, POLICY, ...)."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnclaveHealth:
+    """`reason` says why it is not healthy. `epoch` names this life of the enclave: 16 bytes; None while there
+    is none."""
+
+    healthy: bool
+    reason: str | None
+    epoch: bytes | None
+
+
+class Enclave(Protocol):
+    """The one enclave of this node, which moves keys and never sees a request (docs/sealed.md)."""
+
+    mode: Literal["simulated", "nitro"]
+
+    @property
+    def health(self) -> EnclaveHealth:
+        """What was last seen of it."""
+
+    async def attest(self, nonce: bytes) -> bytes:
+        """An attestation document with this nonce (32 bytes) and the enclave's public key in it. Raises
+        `EnclaveDown` and `EnclaveRefused`."""
+
+    async def grant(
+        self,
+        *,
+        tenant: str,
+        pool: str,
+        kms_key_arn: str,
+        session_id: str,
+        worker_key: bytes,
+        wrapped_key: bytes,
+        for_recipient: bytes,
+    ) -> bytes:
+        """A key grant to one session's worker, from what KMS encrypted for this enclave (`for_recipient`, the
+        `CiphertextForRecipient`). Raises `EnclaveDown` and `EnclaveRefused`."""
+
+
+class KeyServiceDenied(Exception):
+    """The key service answered, and does not release the key. The message is for the tenant."""
+
+
+class KeyServiceDown(Exception):
+    """The key service did not answer, or not as it should. Retry later."""
+
+
+class KeyService(Protocol):
+    """AWS KMS, as far as the service uses it: it never gets a key in the clear."""
+
+    async def release(
+        self, *, kms_key_arn: str, wrapped_key: bytes, context: Mapping[str, str], document: bytes
+    ) -> bytes:
+        """`Decrypt` with `Recipient`: the data key in `wrapped_key`, encrypted for the enclave of this
+        attestation document alone (`CiphertextForRecipient`). Raises `KeyServiceDenied` and
+        `KeyServiceDown`; an answer that holds the key in the clear is the latter."""
+
+
 class Clock(Protocol):
     """Time that does not jump: CLOCK_BOOTTIME, in seconds."""
 

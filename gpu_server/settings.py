@@ -53,6 +53,7 @@ def _header_text(text: str | None) -> str | None:
     return text
 
 
+POOL_NAME = r"^[A-Za-z0-9._:/-]{1,128}$"
 MAX_SECONDS = 1e9
 """About 30 years: a time that is later than that, or infinite, has no date."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -111,6 +112,17 @@ class Settings(BaseSettings):
     file_service_url: HttpUrl | None = None
     file_service_internal_key: Annotated[str | None, AfterValidator(_header_text)] = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    enclave: Literal["off", "simulated", "nitro"] = "off"
+    enclave_cid: Annotated[int, Field(ge=4, le=(1 << 32) - 2)] = 16
+    enclave_port: Annotated[int, Field(ge=1, le=(1 << 32) - 2)] = 5000
+    enclave_image: str = "gpu-server/enclave:dev"
+    enclave_runner_image: str = "gpu-server/enclave-runner:dev"
+    enclave_eif_path: AbsolutePath = Path("/var/lib/gpu-server/enclave.eif")
+    enclave_memory_mb: Annotated[int, Field(ge=64)] = 512
+    enclave_cpu_count: Annotated[int, Field(ge=1)] = 2
+    kms_endpoint_url: HttpUrl | None = None
+    default_model_pool: Annotated[str, Field(pattern=POOL_NAME)] = "default"
 
     session_idle_timeout_seconds: Seconds = 300.0
     session_max_lifetime_seconds: Seconds = 3600.0

@@ -14,7 +14,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_server.client import (
+from gpu_server.client.service import (
     FIRST_PAUSE_SECONDS,
     MAX_PAUSE_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
