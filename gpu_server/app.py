@@ -14,7 +14,17 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from gpu_server import __version__
-from gpu_server.api import health, openai, openai_errors, problems, sessions, slots, tasks
+from gpu_server.api import (
+    health,
+    inference,
+    metrics,
+    openai,
+    openai_errors,
+    problems,
+    sessions,
+    slots,
+    tasks,
+)
 from gpu_server.core import events as ev
 from gpu_server.http_protocol import BoundedHeadProtocol
 from gpu_server.service import Service, open_service
@@ -34,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     problems.install(app)
     openai_errors.install(app)
-    for module in (tasks, sessions, openai, slots, health):
+    for module in (tasks, sessions, inference, openai, slots, health, metrics):
         app.include_router(module.router)
     return app
 

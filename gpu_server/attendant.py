@@ -48,6 +48,7 @@ ADOPTION_SECONDS = 30.0
 REATTACH_PAUSE_SECONDS = 1.0
 UNREACHABLE_TRIES = 60
 EXIT_NEWS_SECONDS = 2.0
+NOT_READ = "the worker failed; what it says is not read, since its session is sealed and was ready"
 
 log = structlog.get_logger()
 
@@ -87,6 +88,7 @@ class Attendant:
         self._started = False
         self._ready = False
         self._closing = False
+        self._shown_key: str | None = None
 
     # -- what the engine asks for ---------------------------------------------------------------------------
 
@@ -185,7 +187,8 @@ class Attendant:
             return  # `close` has waited for the container, so that the wash finds it: nothing starts it now
         self._host.report(ev.WorkerCreated(session_id=session_id, container_id=self._worker.container_id))
         if plan.contract is Contract.HTTP:
-            self._output = self._spawn("output", self._keep_tail(self._worker))
+            if not plan.sealed:
+                self._output = self._spawn("output", self._keep_tail(self._worker))
             await self._runtime.start(plan.name)
             self._started = True
             self._stage("loading")
@@ -251,7 +254,8 @@ class Attendant:
         if plan.contract is Contract.HTTP:
             if found.exit is not None:
                 return
-            self._output = self._spawn("output", self._keep_tail(found))
+            if not plan.sealed:
+                self._output = self._spawn("output", self._keep_tail(found))
             if not was_ready:
                 self._stage("loading")
             await self._until_ready(limit=ADOPTION_SECONDS if was_ready else None)
@@ -289,6 +293,7 @@ class Attendant:
                 await asyncio.sleep(pause)
                 pause = min(1.1 * pause, LOADING_POLL_SECONDS)
                 continue
+            self._show_key(health.sealed_key)
             if health.status == "ready":
                 return
             if health.status == "failed":
@@ -299,6 +304,12 @@ class Attendant:
                 self._stage("loading", health.done, health.total)
             await asyncio.sleep(LOADING_POLL_SECONDS)
         raise StartRefused(FailureCode.WORKER_UNREACHABLE, f"the worker did not answer within {limit:g} s")
+
+    def _show_key(self, key: str | None) -> None:
+        """Tell of the key that a sealed session's worker shows, and of each other one: the core judges."""
+        if self.plan.sealed and key is not None and key != self._shown_key:
+            self._shown_key = key
+            self._host.report(ev.WorkerKeyShown(session_id=self.plan.session_id, key=key))
 
     async def _connect(self) -> WorkerLink:
         """The link to the worker's socket. Raises `LinkBroken` while nobody listens there."""
@@ -361,6 +372,7 @@ class Attendant:
                 stream,
                 delivered=lambda: self._host.delivered(task_id),
                 exit_is_near=self._exit_is_near,
+                sealed=self.plan.sealed,
             )
         except ProtocolFault as fault:
             self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(fault))
@@ -482,7 +494,10 @@ class Attendant:
         return Failure(code=FailureCode.WORKER_EXITED, message=message, from_worker=bool(last))
 
     def _lost(self, reason: CloseReason, code: str, message: str) -> None:
-        """The worker cannot serve any more. The message may quote it, so it counts as the worker's words."""
+        """The worker cannot serve any more. The message may quote it, so it counts as the worker's words; and
+        those of one that has had sealed tasks may be a tenant's, in the clear."""
+        if self.plan.sealed and self._ready:
+            message = NOT_READ
         self._lost_to(reason, Failure(code=code, message=message, from_worker=True))
 
     def _lost_to(self, reason: CloseReason, failure: Failure) -> None:

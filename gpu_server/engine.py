@@ -23,8 +23,9 @@ from gpu_server.core.errors import CertificateRejected, Refusal, RefusalCode
 from gpu_server.core.node import Node
 from gpu_server.core.notices import UNNUMBERED
 from gpu_server.core.rows import Change, Table
-from gpu_server.core.sessions import RequestKey, TaskState, TaskType
+from gpu_server.core.sessions import Grant, RequestKey, Sealing, TaskState, TaskType
 from gpu_server.core.slots import Tier
+from gpu_server.counts import Counts
 from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.drivers.spool import Spool
 from gpu_server.inputs import Inputs
@@ -49,7 +50,8 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A task as the edge hands it over. `body` is what the worker gets, encoded."""
+    """A task as the edge hands it over. `body` is what the worker gets, encoded. A sealed one names the grant
+    that opens it (`psk_id`, hex)."""
 
     task_id: str
     tenant: str
@@ -63,6 +65,7 @@ class Submission:
     body: bytes
     detached: bool = False
     key: RequestKey | None = None
+    psk_id: str | None = None
 
 
 class Engine:
@@ -91,6 +94,7 @@ class Engine:
         self.broken: str | None = None
         self.handed_over = False
         self.readings: Mapping[str, SlotReading] = {}
+        self.counts = Counts()
         self.wash = CarWash(runtime, folders, clock, give_up=wash_give_up, served_by=self._served_by)
         self.on_decided: Callable[[], None] = lambda: None
         self.attendants: dict[str, Attendant] = {}
@@ -150,7 +154,9 @@ class Engine:
             message = "the service is being replaced by another version"
             raise Refusal(RefusalCode.SHUTTING_DOWN, message, retry_after=HANDOVER_SECONDS)
         try:
-            effects = self.node.handle(event, self.clock.now())
+            now = self.clock.now()
+            effects = self.node.handle(event, now)
+            self.counts.note(event, effects, self.node, now)
             for effect in effects:
                 if isinstance(effect, fx.Publish):
                     self._publish(effect)
@@ -284,6 +290,7 @@ class Engine:
                     timeout=submission.timeout,
                     detached=submission.detached,
                     key=submission.key,
+                    psk_id=submission.psk_id,
                 )
             )
         except BaseException:
@@ -305,9 +312,10 @@ class Engine:
         model_id: str,
         task_preset: str,
         key: RequestKey | None = None,
+        sealing: Sealing | None = None,
     ) -> str:
         """Make a session ahead of its first task; its id, or that of an earlier one when its key is known.
-        Raises `Refusal`."""
+        With a `sealing` it is a sealed one. Raises `Refusal`."""
         if key is not None:
             known = known_request(self.node.session_keys, self.node.sessions, tenant, key)
             if known is not None:
@@ -316,11 +324,27 @@ class Engine:
         self._spool.probe()  # nothing of the request itself is kept there, so nothing else would tell
         self._require_storage()
         self.decide(
-            ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload, key=key)
+            ev.SessionRequested(
+                session_id=session_id,
+                tenant=tenant,
+                tier=tier,
+                workload=workload,
+                key=key,
+                sealing=sealing,
+            )
         )
         self._withdraw_unless_stored(task_id=None, session_id=session_id)
         log.info("session.accepted", session_id=session_id)
         return session_id
+
+    def open_session(self, session_id: str, *, tenant: str, psk_id: str, grant: Grant) -> None:
+        """Keep a grant of the enclave for a session. Raises `Refusal`, also where it could not be journalled:
+        what a client was told must be known after a restart."""
+        self._require_storage()
+        self.decide(ev.SessionOpened(session_id=session_id, tenant=tenant, psk_id=psk_id, grant=grant))
+        if (doubt := self._journal.failing) is not None:
+            raise _not_stored(doubt)  # the grant stays, unused: it can be asked for again
+        log.info("session.opened", session_id=session_id)
 
     # -- the end --------------------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ MAX_END_BYTES = 16 * 1024
 
 _FRAME = re.compile(rb"(?:id: ([1-9][0-9]{0,14})\n)?(event: ([a-z_]{1,32})\ndata: (\{[^\r\n]*\})\n\n)")
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+SEALED_END_CODES = frozenset({FailureCode.TASK_FAILED, FailureCode.REQUEST_REFUSED})
+"""What the plain end of a sealed task may say of a failure: the sealed stream says all else."""
 
 
 class ProtocolFault(Exception):
@@ -65,6 +68,12 @@ def _is_end(data: dict[str, Any]) -> bool:
     )
 
 
+def _is_sealed(data: dict[str, Any]) -> bool:
+    """Nothing but base64, in full: a text beside it would be a tenant's, in the clear."""
+    chunk = data.get("data")
+    return len(data) == 1 and type(chunk) is str and chunk != "" and _BASE64.fullmatch(chunk) is not None
+
+
 WORKER_EVENTS: Mapping[str, Callable[[dict[str, Any]], bool]] = {
     "text_delta": lambda data: type(data.get("delta")) is str,
     "text": _text("text"),
@@ -73,12 +82,19 @@ WORKER_EVENTS: Mapping[str, Callable[[dict[str, Any]], bool]] = {
     "progress": _is_progress,
     "error": _text("code", "message"),
 }
-"""Every event a worker may emit, and whether its data is what the contract says."""
+"""Every event that a worker may emit, and whether its data is what the contract says."""
 
-_CHECKS: Mapping[bytes, Callable[[dict[str, Any]], bool]] = {
-    **{name.encode(): check for name, check in WORKER_EVENTS.items()},
-    b"end": _is_end,
-}
+SEALED_EVENTS: Mapping[str, Callable[[dict[str, Any]], bool]] = {"sealed": _is_sealed}
+"""Those of the worker of a sealed session, which may emit no other."""
+
+
+def _with_end(
+    events: Mapping[str, Callable[[dict[str, Any]], bool]],
+) -> Mapping[bytes, Callable[[dict[str, Any]], bool]]:
+    return {**{name.encode(): check for name, check in events.items()}, b"end": _is_end}
+
+
+_CHECKS, _SEALED_CHECKS = _with_end(WORKER_EVENTS), _with_end(SEALED_EVENTS)
 
 
 _PASSED_ON_AS_VALUES = frozenset({b"progress", b"end"})  # every other event goes out as the bytes it came in
@@ -98,10 +114,15 @@ class FrameReader:
 
     `seq` is the number of the last event taken, from which a broken connection is taken up again; a reader
     may begin behind events that another one took.
+
+    Of a `sealed` session's worker it takes `sealed` events and the end, and of the end the status and a code:
+    whatever else came would be in the clear.
     """
 
-    def __init__(self, sink: FrameSink, seq: int = 0) -> None:
+    def __init__(self, sink: FrameSink, seq: int = 0, *, sealed: bool = False) -> None:
         self.seq = seq
+        self._sealed = sealed
+        self._checks = _SEALED_CHECKS if sealed else _CHECKS
         self.end: tuple[TaskState, Failure | None, Mapping[str, Any] | None] | None = None
         self._sink = sink
         self._rest = bytearray()
@@ -152,7 +173,7 @@ class FrameReader:
                 if name == b"end":
                     if len(raw) > MAX_END_BYTES:
                         raise ProtocolFault(f"the data of `end` is longer than {MAX_END_BYTES} bytes")
-                    self.end = _end_of(data)
+                    self.end = _sealed_end_of(data) if self._sealed else _end_of(data)
                 else:
                     bodies.append(body)
         finally:
@@ -175,7 +196,7 @@ class FrameReader:
     def _check(self, name: bytes, raw: bytes) -> dict[str, Any]:
         if self.end is not None:
             raise ProtocolFault("an event came after `end`")
-        check = _CHECKS.get(name)
+        check = self._checks.get(name)
         if check is None:
             raise ProtocolFault(f"workers may not emit {name.decode()!r}")
         try:
@@ -202,3 +223,14 @@ def _end_of(data: dict[str, Any]) -> tuple[TaskState, Failure | None, Mapping[st
         code = FailureCode.TASK_FAILED if state is TaskState.FAILED else FailureCode.TASK_CANCELLED
         failure = Failure(code=code, message=f"the worker ended the task as {state}")
     return state, failure, data.get("usage")
+
+
+def _sealed_end_of(data: dict[str, Any]) -> tuple[TaskState, Failure | None, None]:
+    """Without the worker's words, and without its usage, which could be made to hold any."""
+    state, failure, _ = _end_of(data)
+    if failure is None:
+        return state, None, None
+    if state is TaskState.CANCELLED:
+        return state, Failure(code=FailureCode.TASK_CANCELLED, message="the worker cancelled the task"), None
+    code = failure.code if failure.code in SEALED_END_CODES else FailureCode.TASK_FAILED
+    return state, Failure(code=code, message="the task failed: the sealed stream says why"), None

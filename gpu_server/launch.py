@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ from gpu_server.core.slots import Slot
 from gpu_server.inputs import Inputs
 from gpu_server.ports import Contract, ModelStore, RunFolder, StartRefused, WorkerSpec, worker_name
 from gpu_server.presets import Preset
+
+SEALED_KEY_ARN = "SEALED_KMS_KEY_ARN"
+SEALED_TENANT = "SEALED_TENANT"
+SEALED_POOL = "SEALED_POOL"
+_RESERVED = frozenset({SEALED_KEY_ARN, SEALED_TENANT, SEALED_POOL})
 
 FindPreset = Callable[[str, str], Preset]
 Tell = Callable[[int, int | None], None]
@@ -41,6 +46,7 @@ class Plan:
     contract: Contract
     uid: int
     launch: Callable[[], Launch]
+    sealed: bool = False
 
 
 class Launcher:
@@ -73,6 +79,7 @@ class Launcher:
             contract=contract,
             uid=uid,
             launch=lambda: self._launch(session, name, contract, uid, gpus),
+            sealed=session.sealing is not None,
         )
 
     def _launch(
@@ -103,17 +110,19 @@ class Launcher:
                 process_command=tuple(preset.process_command) if preset.process_command else None,
                 env={
                     "GPU_MEMORY_UTILIZATION": f"{self._gpu_memory_utilization:g}",
-                    **preset.env_vars,
+                    **_without_sealing(preset.env_vars),
                     "MODEL_ID": workload.model_id,
                     "TASK_PRESET": workload.task_preset,
                     "MAX_CONCURRENT_TASKS": str(workload.max_concurrent_tasks),
                     "GPU_COUNT": str(len(gpus)),
+                    **_sealing_of(session),
                 },
                 gpu_uuids=gpus,
                 uid=uid,
                 model_path=model_path,
                 folder=folder,
                 limits=preset.limits,
+                sealed=session.sealing is not None,
             ),
         )
 
@@ -125,3 +134,20 @@ class Launcher:
 
     async def _prepare_model(self, preset: Preset, model_id: str, tell: Tell) -> Path | None:
         return None if preset.model == "none" else await self._models.prepare(model_id, tell)
+
+
+def _sealing_of(session: Session) -> dict[str, str]:
+    """What tells a worker that it serves sealed tasks, and which: those of this tenant, key and pool
+    alone."""
+    if session.sealing is None:
+        return {}
+    return {
+        SEALED_KEY_ARN: session.sealing.kms_key_arn,
+        SEALED_TENANT: session.tenant,
+        SEALED_POOL: session.sealing.pool,
+    }
+
+
+def _without_sealing(env: Mapping[str, str]) -> dict[str, str]:
+    """A preset cannot make a worker take itself for a sealed one."""
+    return {name: value for name, value in env.items() if name not in _RESERVED}

@@ -105,6 +105,9 @@ class WorkerSpec:
     model_path: Path | None
     folder: RunFolder
     limits: Limits
+    sealed: bool = False
+    """What this worker writes may be what a tenant has sealed: nobody ever reads it, and its `output` is
+    empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +295,8 @@ class Enclave(Protocol):
     """The one enclave of this node, which moves keys and never sees a request (docs/sealed.md)."""
 
     mode: Literal["simulated", "nitro"]
+    restarts: int
+    """How often it was started again since the service began."""
 
     @property
     def health(self) -> EnclaveHealth:

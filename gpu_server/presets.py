@@ -22,15 +22,17 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gpu_server.core.errors import Refusal, RefusalCode
-from gpu_server.core.sessions import Workload
+from gpu_server.core.sessions import SealedUse, Workload
 from gpu_server.core.slots import Tier
 from gpu_server.ports import Contract, Limits
 
 _SIZE = re.compile(r"(\d+)([kmg]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
+_POOL = r"^[A-Za-z0-9._:/-]{1,128}$"
 _MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9][A-Za-z0-9._:-]*)?$"
 
 
@@ -90,6 +92,8 @@ class Preset(BaseModel):
     """Whether the OpenAI routes serve the model with this preset: its worker generates text."""
     task_difficulty: Literal["low", "high"] | None = None
     """The tier of the sessions that the OpenAI routes start; those requests cannot name one."""
+    sealed: Literal["required", "allowed", "off"] | None = None
+    """Whether its sessions may be sealed, or must be; by default they may where the contract is http."""
 
     @model_validator(mode="after")
     def _one_task_in_exec(self) -> Preset:
@@ -99,6 +103,8 @@ class Preset(BaseModel):
             raise ValueError(
                 "the OpenAI routes need sessions, which an exec preset has not: openai must be false"
             )
+        if self.contract == "exec" and self.sealed not in (None, "off"):
+            raise ValueError("sealed requests need sessions, which an exec preset has not: it must be off")
         return self
 
     def workload(self, model_id: str, task_preset: str) -> Workload:
@@ -110,6 +116,7 @@ class Preset(BaseModel):
             gpus=self.gpus,
             max_concurrent_tasks=self.max_concurrent_tasks,
             start_timeout=self.start_timeout_seconds,
+            sealed=SealedUse(self.sealed or ("allowed" if self.contract == "http" else "off")),
         )
 
     @property
@@ -142,14 +149,44 @@ def _one_openai(presets: _OfOneModel) -> _OfOneModel:
     return presets
 
 
+class Pool(BaseModel):
+    """The preset that a pool stands for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model_id: str
+    task_preset: str
+
+
 class PresetsFile(BaseModel):
-    """The whole file."""
+    """The whole file. `pools` are names for presets, which sealed requests carry."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: dict[
         Annotated[str, Field(pattern=_MODEL_ID)], Annotated[_OfOneModel, AfterValidator(_one_openai)]
     ]
+    pools: dict[Annotated[str, Field(pattern=_POOL)], Pool] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _pools_serve_sessions(self) -> PresetsFile:
+        mistakes: list[InitErrorDetails] = []
+        for name, pool in self.pools.items():
+            preset = self.models.get(pool.model_id, {}).get(pool.task_preset)
+            where = f"{pool.model_id}/{pool.task_preset}"
+            if preset is None:
+                mistakes.append(_mistake(name, f"there is no preset {where}"))
+            elif preset.contract == "exec":
+                mistakes.append(_mistake(name, f"preset {where} has the exec contract, so no sessions"))
+        if mistakes:
+            raise ValidationError.from_exception_data("PresetsFile", mistakes)
+        return self
+
+
+def _mistake(pool: str, what: str) -> InitErrorDetails:
+    return InitErrorDetails(
+        type=PydanticCustomError("pool", "{what}", {"what": what}), loc=("pools", pool), input=None
+    )
 
 
 class Presets:
@@ -158,7 +195,7 @@ class Presets:
 
     def __init__(self, file: PresetsFile, allowed_images: tuple[str, ...], changed_at: int = 0) -> None:
         self.changed_at = changed_at
-        self._models = file.models
+        self._models, self._pools = file.models, file.pools
         self._allowed = allowed_images
 
     def __iter__(self) -> Iterator[tuple[str, str, Preset]]:
@@ -184,6 +221,19 @@ class Presets:
                 f"image {preset.docker_image} of {model_id}/{task_preset} is not in ALLOWED_DOCKER_IMAGES",
             )
         return preset
+
+    def pool(self, name: str) -> tuple[str, str]:
+        """The model and the preset that a pool stands for. Raises `Refusal`."""
+        pool = self._pools.get(name)
+        if pool is None:
+            raise Refusal(RefusalCode.POOL_NOT_FOUND, f"no pool {name!r} is served here")
+        return pool.model_id, pool.task_preset
+
+    def pools_of(self, model_id: str, task_preset: str) -> list[str]:
+        """The names of the pools that stand for a preset."""
+        return [
+            name for name, p in self._pools.items() if (p.model_id, p.task_preset) == (model_id, task_preset)
+        ]
 
     def openai_preset(self, model_id: str) -> tuple[str, Preset] | None:
         """The preset that serves the OpenAI routes for this model, and its name; None where there is none."""

@@ -12,10 +12,18 @@ from gpu_server.drivers.worker_link import EventsDropped, LinkBroken, TaskRefuse
 from gpu_server.exec_output import ExecOutput
 from gpu_server.frames import FrameReader, ProtocolFault
 from gpu_server.ports import CreatedWorker, Output, OutputLost, WorkerExit
+from gpu_server.sealed.delivery import MEDIA_TYPE as SEALED_MEDIA_TYPE
 from gpu_server.stream import Stream
 
 REATTACH_TRIES = 3
 EXEC_PIECE_BYTES = 4096
+
+_SEALED_REFUSALS: Mapping[int, tuple[FailureCode, str]] = {
+    400: (FailureCode.DECRYPT_FAILED, "the worker cannot open the request with the keys it was granted"),
+    409: (FailureCode.REPLAY, "the request's id came with other bytes before"),
+    410: (FailureCode.EVENTS_GONE, "the request ran before, and its answer is not kept any more"),
+}
+"""What the statuses mean with which a worker refuses a sealed task."""
 
 End = tuple[TaskState, Failure | None, Mapping[str, Any] | None]
 
@@ -28,20 +36,23 @@ async def relay_http(
     *,
     delivered: Callable[[], None],
     exit_is_near: Callable[[], Awaitable[bool]],
+    sealed: bool = False,
 ) -> End | None:
     """Send a task and relay its events, behind those that `stream` has; how it ended, or None where the
     worker's own end will tell. `delivered` is called when the worker has the task for certain; with `body`
-    None it must have it already.
+    None it must have it already. Of a `sealed` session's worker nothing is taken that is in the clear.
 
     A broken connection is taken up again. Raises `LinkBroken` when that does not help, and `ProtocolFault`.
     """
-    reader = FrameReader(stream, stream.worker_seq)
+    reader = FrameReader(stream, stream.worker_seq, sealed=sealed)
+    media_type = SEALED_MEDIA_TYPE if sealed else "application/json"
     began, tries, drops = reader.seq, 0, 0
     while reader.end is None:
         seen = reader.seq
         try:
             if seen == 0 and body is not None:
-                await link.run(task_id, body, reader, delivered)  # again, too: a known id runs once
+                # Again, too: a known id runs once.
+                await link.run(task_id, body, reader, delivered, media_type=media_type)
             else:
                 await link.attach(task_id, reader)
         except EventsDropped as dropped:
@@ -57,8 +68,7 @@ async def relay_http(
         except TaskRefused as refused:
             if reader.seq > 0:
                 raise ProtocolFault(str(refused)) from refused
-            failure = Failure(code=FailureCode.WORKER_PROTOCOL, message=str(refused), from_worker=True)
-            return TaskState.FAILED, failure, None
+            return TaskState.FAILED, _refusal(refused, sealed=sealed), None
         except LinkBroken:
             if reader.end is not None:
                 break  # it has said all there is to say
@@ -68,6 +78,13 @@ async def relay_http(
             if tries > REATTACH_TRIES:
                 raise
     return reader.end
+
+
+def _refusal(refused: TaskRefused, *, sealed: bool) -> Failure:
+    if sealed and refused.status in _SEALED_REFUSALS:
+        code, message = _SEALED_REFUSALS[refused.status]
+        return Failure(code=code, message=message)
+    return Failure(code=FailureCode.WORKER_PROTOCOL, message=str(refused), from_worker=True)
 
 
 async def relay_exec(

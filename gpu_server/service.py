@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -23,18 +23,23 @@ from gpu_server.drivers.clock import BootClock, boot_id
 from gpu_server.drivers.docker import DockerRuntime
 from gpu_server.drivers.inventory import choose_inventory
 from gpu_server.drivers.journal import SqliteJournal
+from gpu_server.drivers.kms import AwsKeyService
 from gpu_server.drivers.models import store_of
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.drivers.spool import Spool
+from gpu_server.enclave import EnclaveSupervisor, enclave_of
 from gpu_server.engine import Engine
 from gpu_server.inputs import Inputs
 from gpu_server.launch import Launcher
+from gpu_server.opening import Opening
 from gpu_server.ports import (
     Clock,
     ContainerRuntime,
+    Enclave,
     JournalFailing,
     JournalUnusable,
+    KeyService,
     ModelStore,
     RuntimeUnreachable,
     SlotInventory,
@@ -55,7 +60,7 @@ class StartRefusedByNode(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What the HTTP edge serves from."""
+    """What the HTTP edge serves from. `enclave` is None on a node that has none."""
 
     settings: Settings
     engine: Engine
@@ -65,7 +70,13 @@ class Service:
     clock: Clock
     internal_key: str
     fingerprint_key: bytes
+    enclave: Enclave | None = None
+    keys: KeyService | None = None
     warnings: tuple[str, ...] = ()
+    opening: Opening = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "opening", Opening(self.engine, self.enclave, self.keys))
 
 
 @asynccontextmanager
@@ -128,6 +139,9 @@ async def open_service(
             wash_give_up=settings.wash_give_up_seconds,
             on_broken=on_broken,
         )
+        docker_host = os.environ.get("DOCKER_HOST") or None
+        enclave = enclave_of(settings, runtime.name, instance, settings.run_dir, docker_host)
+        keys = AwsKeyService(settings.kms_endpoint_url) if enclave is not None else None
         service = Service(
             settings=settings,
             engine=engine,
@@ -137,10 +151,12 @@ async def open_service(
             clock=clock,
             internal_key=settings.internal_api_key or _own_key(settings.state_dir),
             fingerprint_key=spool.secret()[0],
+            enclave=enclave,
+            keys=keys,
             warnings=(*runtime.warnings, *_warnings(settings)),
         )
         async with models.open(), engine.running():
-            _start_work(engine, inventory, settings)
+            _start_work(engine, inventory, settings, enclave)
             engine.report(ev.NodeStarted(slots=slots, rebooted=rebooted))
             for warning in service.warnings:
                 log.warning("service.warning", warning=warning)
@@ -154,10 +170,14 @@ async def open_service(
                 # Whoever failed to serve, on a port that is taken for one, must not end what was adopted.
                 failed = not in_order and any(node.live_sessions())
                 leave = engine.handed_over or engine.broken is not None or failed
+                if not leave and enclave is not None:
+                    await enclave.stop()
                 if not leave and await engine.shut_down(patience):
                     (settings.state_dir / "runtime").unlink(missing_ok=True)
                     with suppress(OSError):  # there is none, or it is not empty
                         _session_folders(settings, instance).rmdir()
+                if keys is not None:
+                    keys.close()
         log.info("service.handed_over" if engine.handed_over else "service.stopped")
 
 
@@ -166,11 +186,15 @@ def new_id(kind: str) -> str:
     return f"{kind}_{ULID()}"
 
 
-def _start_work(engine: Engine, inventory: SlotInventory, settings: Settings) -> None:
+def _start_work(
+    engine: Engine, inventory: SlotInventory, settings: Settings, enclave: EnclaveSupervisor | None
+) -> None:
     reaper = Reaper(engine, inventory, reading_interval=settings.gpu_metrics_refresh_interval)
     engine.spawn("reaper: ticks", reaper.ticks())
     engine.spawn("reaper: rounds", reaper.rounds())
     engine.spawn("reaper: runtime", reaper.watch_runtime())
+    if enclave is not None:
+        engine.spawn("enclave", enclave.run())
 
 
 async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
@@ -328,6 +352,8 @@ def _warnings(settings: Settings) -> tuple[str, ...]:
         found.append("the service is not root: all workers run with its own uid")
     if not _on_tmpfs(settings.run_dir):
         found.append(f"RUN_DIR {settings.run_dir} is not on a tmpfs: run folders reach the disk")
+    if settings.enclave == "simulated":
+        found.append("the enclave is simulated: its attestation proves nothing, and a real KMS refuses it")
     return tuple(found)
 
 

@@ -1,8 +1,9 @@
 """Builds the images that the demo and the tests run, on any machine with a Docker engine.
 
 Nothing is fetched during a build (it has no network): the locked wheels are downloaded on the host, and
-the build context holds them (`wheels/`) and the worker SDK (`sdk/`) beside the image's own files. An image
-carries the hash of what it was made from, so an image that is current is left alone.
+the build context holds them (`wheels/`), the worker SDK (`sdk/`) and the sealed path (`sealed/`) beside the
+image's own files. An image carries the hash of what it was made from, so an image that is current is left
+alone.
 """
 
 import argparse
@@ -38,13 +39,15 @@ class BuildError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """`only_wanted`: big, so it is not among `all`; `debs`: Debian packages that its Dockerfile installs."""
+    """`only_wanted`: big, so it is not among `all`; `debs`: Debian packages that its Dockerfile installs;
+    `requirements`: the wheels that it does."""
 
     name: str
     folder: Path
     dockerfile: str = "Dockerfile"
     base: str = BASE
-    has_wheels: bool = True
+    requirements: str = "requirements.txt"
+    has_sdk: bool = True
     debs: tuple[str, ...] = ()
     only_wanted: bool = False
 
@@ -56,6 +59,7 @@ class Image:
 IMAGES = [
     Image(name="echo", folder=ROOT / "worker_images/echo"),
     Image(name="hostile", folder=ROOT / "tests/images/hostile"),
+    Image(name="enclave", folder=ROOT / "enclave_image", has_sdk=False),
     Image(
         name="vllm-cpu",
         folder=ROOT / "worker_images/vllm",
@@ -67,11 +71,11 @@ IMAGES = [
         name="vllm",
         folder=ROOT / "worker_images/vllm",
         base="vllm/vllm-openai:v0.32.0",
-        has_wheels=False,
+        requirements="requirements.sealed.txt",  # the base image has the others
         only_wanted=True,
     ),
 ]
-FULL = ("echo", "hostile", "vllm-cpu")  # what all the tests need
+FULL = ("echo", "hostile", "enclave", "vllm-cpu")  # what all the tests need
 
 
 def chosen(wanted: str) -> list[Image]:
@@ -115,12 +119,13 @@ def stage(image: Image, context: Path) -> None:
     """Puts into `context` all that the image's Dockerfile may copy."""
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*", "wheels", "sdk")
     shutil.copytree(image.folder, context, dirs_exist_ok=True, ignore=unwanted)
-    requirements = image.folder / "requirements.txt"
+    requirements = image.folder / image.requirements
     if not requirements.is_file():
         return
-    shutil.copytree(ROOT / "worker_images/sdk", context / "sdk", ignore=unwanted)
-    if image.has_wheels:
-        shutil.copytree(wheels(image.name, requirements), context / "wheels", copy_function=link_or_copy)
+    shutil.copytree(ROOT / "gpu_server/sealed", context / "sealed", ignore=unwanted)
+    if image.has_sdk:
+        shutil.copytree(ROOT / "worker_images/sdk", context / "sdk", ignore=unwanted)
+    shutil.copytree(wheels(image.name, requirements), context / "wheels", copy_function=link_or_copy)
     if image.debs:
         shutil.copytree(debs(image), context / "debs")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the images that the demo and the tests run: ./scripts/build_images.sh [echo|hostile|vllm-cpu|vllm|all|full]
+# Builds the images that the demo and the tests run: ./scripts/build_images.sh [echo|hostile|enclave|vllm-cpu|vllm|all|full]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

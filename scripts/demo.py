@@ -1,5 +1,5 @@
 """The main job, seen: start the service, run two tasks in one session and a one-off, kill the service in the
-middle of a stream and start it again, chat by the OpenAI interface; print every event.
+middle of a stream and start it again, chat by the OpenAI interface, send a sealed request; print every event.
 
 Run it by ./scripts/demo.sh, which sets up what it needs. `--once` ends after the tasks.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +26,11 @@ from typing import Any
 import aiohttp
 from rich.console import Console
 
-from gpu_server.client import Client
+from gpu_server.client import AwsDataKeys, Client, Expected, TaskEvent, open_sealed
+from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
 
 ROOT = Path(__file__).resolve().parent.parent
+KMS_KEY = "arn:aws:kms:eu-west-1:111122223333:key/00000000-1111-4222-8333-444444444444"
 START_SECONDS = 60
 STOP_SECONDS = 60
 COLOURS = {
@@ -99,11 +103,12 @@ async def demo(*, once: bool) -> int:
                 after_words=(3, served.kill_and_start),
             )
             answered = await show_openai(served)
+            sealed = await show_sealed(client, served)
             console.print(
                 f"\nFirst word after: [bold]{first['first_word']:.2f} s[/] with a cold start,"
                 f" [bold green]{second['first_word']:.3f} s[/] in the warm session."
             )
-            tasks = (first, second, oneoff, killed, answered)
+            tasks = (first, second, oneoff, killed, answered, sealed)
             failed = [task for task in tasks if task["status"] != "completed"]
             if failed:
                 console.print(f"[red]{len(failed)} of {len(tasks)} tasks did not complete[/]")
@@ -131,8 +136,15 @@ async def show(
     """Submit a task and print each event with its time; what the summary needs. `after_words`: after so many
     words something is done."""
     console.print(f"\n[bold]{title}[/]")
+    return await show_events(client.submit(body), after_words)
+
+
+async def show_events(
+    events: AsyncIterator[TaskEvent], after_words: tuple[int, Callable[[], Awaitable[None]]] | None = None
+) -> dict[str, Any]:
+    """Print a task's events, each with its time."""
     began, told = time.monotonic(), {"first_word": float("nan"), "session_id": "", "status": "failed"}
-    async for event in client.submit(body):
+    async for event in events:
         seconds = time.monotonic() - began
         if event.event == "text_delta" and told["first_word"] != told["first_word"]:
             told["first_word"] = seconds
@@ -176,11 +188,41 @@ async def show_openai(served: Served) -> dict[str, Any]:
     return {"status": "completed" if completed else "failed"}
 
 
+async def show_sealed(client: Client, served: Served) -> dict[str, Any]:
+    """A request that the service cannot read. Enclave and KMS are stand-ins here, and it is said."""
+    console.print("\n[bold]6. A sealed request: the service passes on what only the worker can read[/]")
+    pcr0 = measured()
+    console.print(f"  the client insists on PCR0 {pcr0[:16]}…, which it has from the program's own files")
+    for idle in (await client.call("GET", "/api/sessions"))["sessions"]:
+        await client.call("DELETE", f"/api/sessions/{idle['session_id']}")  # this one wants a slot too
+    keys = AwsDataKeys(endpoint_url=served.kms_url)
+    session = await open_sealed(
+        client,
+        pool="default",
+        kms_key_arn=KMS_KEY,
+        expect=Expected(pcr0=pcr0),
+        keys=keys,
+        allow_simulated=True,
+    )
+    async with session:
+        proven = "which proves nothing: for a Nitro Enclave it would be isolated-worker"
+        console.print(f"  verified before anything was sealed: [bold yellow]{session.assurance}[/], {proven}")
+        return await show_events(session.submit({"prompt": "For the worker's eyes only.", "delay_ms": 30}))
+
+
+def measured() -> str:
+    """PCR0 of the simulated enclave, by the program's files in this checkout."""
+    command = [sys.executable, "-m", "enclave", "--measurements"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'enclave_image'}:{ROOT}"}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return str(json.loads(shown.stdout)["PCR0"])
+
+
 class Served:
     """A service of its own: free port, temporary folders, random key."""
 
-    def __init__(self, folder: Path) -> None:
-        self.key = secrets.token_urlsafe(24)
+    def __init__(self, folder: Path, kms_url: str) -> None:
+        self.key, self.kms_url = secrets.token_urlsafe(24), kms_url
         self._folder, self._log, self._port = folder, folder / "service.log", free_port()
         self._process: asyncio.subprocess.Process | None = None
 
@@ -198,6 +240,8 @@ class Served:
             "RUN_DIR": str(self._folder / "run"),
             "MODEL_PRESETS_FILE": str(ROOT / "config" / "model_presets.yaml"),
             "LOG_LEVEL": "warning",
+            "ENCLAVE": "simulated",
+            "KMS_ENDPOINT_URL": self.kms_url,
         }
         with self._log.open("ab") as log_file:
             self._process = await asyncio.create_subprocess_exec(
@@ -232,18 +276,22 @@ async def service() -> AsyncIterator[Served]:
     shm = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="gpu-server-demo-", dir=shm if os.access(shm, os.W_OK) else None))
     folder.chmod(0o711)  # workers with uids of their own pass through to their run folders
-    served = Served(folder)
-    try:
-        health = await served.start()
-        slots = ", ".join(f"{slot['id']} ({slot['name']})" for slot in health["gpus"])
-        runtime = health["runtime"]
-        console.print(f"[bold]gpu-server[/] at {served.url}, runtime [bold]{runtime}[/], slots: {slots}")
-        for warning in health["warnings"]:
-            console.print(f"[yellow]warning:[/] {warning}")
-        yield served
-    finally:
-        await served.end()
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ[name] = "of-nobody"  # the KMS of this demonstration asks nobody who he is
+    policy = {"kms:RecipientAttestation:PCR0": measured()}
+    async with KmsEmulator({KMS_KEY: EmulatedKey(conditions=policy)}, allow_simulated=True) as kms:
+        served = Served(folder, kms.url)
+        try:
+            health = await served.start()
+            slots = ", ".join(f"{slot['id']} ({slot['name']})" for slot in health["gpus"])
+            runtime = health["runtime"]
+            console.print(f"[bold]gpu-server[/] at {served.url}, runtime [bold]{runtime}[/], slots: {slots}")
+            for warning in health["warnings"]:
+                console.print(f"[yellow]warning:[/] {warning}")
+            yield served
+        finally:
+            await served.end()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def until_ready(url: str, process: asyncio.subprocess.Process, log: Path) -> dict[str, Any]:

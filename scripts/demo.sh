@@ -14,8 +14,8 @@ obstacle=
 if [[ ${RUNTIME:-} != process ]]; then
     if ! docker_available; then
         obstacle="no Docker engine answers"
-    elif ! .venv/bin/python scripts/build_images.py echo; then
-        obstacle="the echo image could not be built (see above)"
+    elif ! .venv/bin/python scripts/build_images.py echo || ! .venv/bin/python scripts/build_images.py enclave; then
+        obstacle="the images could not be built (see above)"
     else
         export RUNTIME=docker
     fi

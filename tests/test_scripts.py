@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"]
+PROGRAMS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run", ROOT / "enclave_image/build.sh"]
 SOURCED = sorted((ROOT / "scripts/lib").glob("*.sh"))
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 
@@ -225,12 +225,12 @@ def test_big_images_are_built_when_they_are_asked_for() -> None:
     """The demo and the quick tests need none of them, all the tests that of the CPU."""
     script = build_images()
     names = {wanted: [image.name for image in script.chosen(wanted)] for wanted in ("all", "full", "vllm")}
-    assert names == {"all": ["echo", "hostile"], "full": ["echo", "hostile", "vllm-cpu"], "vllm": ["vllm"]}
+    small = ["echo", "hostile", "enclave"]
+    assert names == {"all": small, "full": [*small, "vllm-cpu"], "vllm": ["vllm"]}
     for image in script.IMAGES:
         dockerfile = (image.folder / image.dockerfile).read_text()
         assert f"\nFROM {image.base}" in dockerfile
-        has_wheels = image.has_wheels and (image.folder / "requirements.txt").is_file()
-        assert ("wheels/" in dockerfile) is has_wheels
+        assert ("wheels/" in dockerfile) is (image.folder / image.requirements).is_file()
         assert ("debs/" in dockerfile) is bool(image.debs)
 
 
@@ -245,10 +245,10 @@ def test_both_vllm_images_have_one_version() -> None:
     assert {one or other for one, other in named} == {version}
 
 
-@pytest.mark.parametrize("name", ["echo", "vllm"])
-def test_wheels_of_images_are_locked(name: str) -> None:
+@pytest.mark.parametrize("folder", ["worker_images/echo", "worker_images/vllm", "enclave_image"])
+def test_wheels_of_images_are_locked(folder: str) -> None:
     """By version and hash, from wherever the machine that builds takes them."""
-    text = (ROOT / "worker_images" / name / "requirements.txt").read_text()
+    text = (ROOT / folder / "requirements.txt").read_text()
     assert "://" not in text
     assert not re.search(r"^--", text, re.MULTILINE)
     for entry in re.split(r"\n(?=[\w.-]+==)", text):

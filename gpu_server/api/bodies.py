@@ -63,9 +63,11 @@ class BoundedRequest(Request):
 class BoundedRoute(APIRoute):
     """A route that needs a key, and looks at nothing else of a request before it has seen one.
 
-    Size and depth of a body are checked here, before it is parsed, because FastAPI would answer a refusal in
-    its own words.
+    `takes_json` is False for routes whose bodies have no depth. Size and depth of a body are checked here,
+    before it is parsed, because FastAPI would answer a refusal in its own words.
     """
+
+    takes_json = True
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -74,11 +76,18 @@ class BoundedRoute(APIRoute):
             bounded_request = BoundedRequest(request.scope, request.receive)
             if request.method == "POST":
                 await authenticate(bounded_request)
-                settings = request.app.state.service.settings
-                check_depth(await bounded_request.body(), settings.metadata_max_depth)
+                body = await bounded_request.body()
+                if self.takes_json:
+                    check_depth(body, request.app.state.service.settings.metadata_max_depth)
             return await handler(bounded_request)
 
         return bounded
+
+
+class OctetRoute(BoundedRoute):
+    """The same for bodies that are bytes and nothing that is known here."""
+
+    takes_json = False
 
 
 # A string, also one that never ends: so that nothing is scanned twice, however a body is malformed.

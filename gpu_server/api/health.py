@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -35,13 +37,24 @@ class SlotView(BaseModel):
     held_by: HolderView | None
 
 
+class EnclaveView(BaseModel):
+    """`mode` says `simulated` where the enclave proves nothing; `epoch`, in base64, names its present
+    life."""
+
+    mode: str
+    healthy: bool
+    reason: str | None
+    epoch: str | None
+
+
 class Health(BaseModel):
-    """`enclave_healthy` is null on a node without an enclave."""
+    """`enclave_healthy` and `enclave` are null on a node without an enclave."""
 
     status: str
     ready: bool
     runtime: str
     enclave_healthy: bool | None
+    enclave: EnclaveView | None
     gpu_healthy: bool
     models_loaded: int
     gpus: list[SlotView]
@@ -66,6 +79,7 @@ def _report(service: Service, tenant: str | None) -> Health:
     slots = list(node.slots)
     usable = [s for s in slots if s.state is not SlotState.QUARANTINED and not (s.fault or s.doubt)]
     washed = [s for s in usable if s.state is not SlotState.WASHING or s.fence]  # 0 is the wash at start
+    enclave = _enclave_view(service, in_full=tenant is not None)
     if engine.broken is not None:
         status = "failed"
     elif node.shutting_down or engine.handed_over:
@@ -76,6 +90,7 @@ def _report(service: Service, tenant: str | None) -> Health:
         status = "unhealthy"  # what runs is served, and nothing new is taken
     else:
         well = len(usable) == len(slots) and node.runtime_doubt is None
+        well = well and (enclave is None or enclave.healthy)
         status = "ok" if well else "degraded"
     doubts = [doubt for doubt in (node.runtime_doubt, engine.storage_doubt) if doubt is not None]
     warnings = [*service.warnings, *doubts]
@@ -84,7 +99,8 @@ def _report(service: Service, tenant: str | None) -> Health:
         status=status,
         ready=status in ("ok", "degraded"),
         runtime=service.runtime.name,
-        enclave_healthy=None,
+        enclave_healthy=enclave.healthy if enclave is not None else None,
+        enclave=enclave,
         gpu_healthy=bool(slots) and len(usable) == len(slots),
         models_loaded=len(loaded),
         gpus=[slot_view(service, slot, tenant=tenant, in_full=tenant is not None) for slot in slots],
@@ -94,6 +110,18 @@ def _report(service: Service, tenant: str | None) -> Health:
         active_tasks=sum(len(s.busy) + len(s.queue) for s in live),
         waiting_sessions=len(node.line),
         warnings=warnings if tenant is not None else [_HIDDEN] * bool(warnings),
+    )
+
+
+def _enclave_view(service: Service, *, in_full: bool) -> EnclaveView | None:
+    if service.enclave is None:
+        return None
+    health = service.enclave.health
+    return EnclaveView(
+        mode=service.enclave.mode,
+        healthy=health.healthy,
+        reason=health.reason if in_full or health.reason is None else _HIDDEN,
+        epoch=base64.b64encode(health.epoch).decode() if health.epoch is not None else None,
     )
 
 

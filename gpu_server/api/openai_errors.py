@@ -17,9 +17,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from gpu_server.api.openai_bodies import UNSUPPORTED
-from gpu_server.api.problems import MAX_NAME_LENGTH, STATUS
+from gpu_server.api.problems import FAILURE_STATUS, MAX_NAME_LENGTH, STATUS
 from gpu_server.core.admission import RETRY_AFTER_SECONDS
-from gpu_server.core.errors import FailureCode, Refusal, RefusalCode
+from gpu_server.core.errors import Refusal, RefusalCode
 
 PREFIX = "/v1/"
 ANSWER_TOO_LARGE = "answer_too_large"
@@ -32,20 +32,7 @@ _FAILURE_STATUS: Mapping[str, int] = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
     ANSWER_TOO_LARGE: 400,
-    FailureCode.MODEL_MISSING: 404,
-    FailureCode.TASK_CANCELLED: 409,
-    FailureCode.CLIENT_GONE: 409,
-    FailureCode.SESSION_KILLED: 409,
-    FailureCode.GPU_WAIT_TIMEOUT: 503,
-    FailureCode.SESSION_LIFETIME: 503,
-    FailureCode.MODEL_FETCH_FAILED: 503,
-    FailureCode.RUNTIME_UNREACHABLE: 503,
-    FailureCode.SERVICE_RESTARTED: 503,
-    FailureCode.NODE_RESTARTED: 503,
-    FailureCode.SLOT_LOST: 503,
-    FailureCode.STORAGE_FAILING: 503,
-    FailureCode.SHUTDOWN: 503,
-    FailureCode.TASK_TIMEOUT: 504,
+    **FAILURE_STATUS,
 }
 """The statuses of failed tasks; any other code, also a worker's own, is 500."""
 _TYPES = {403: "permission_error", 429: "rate_limit_error"}

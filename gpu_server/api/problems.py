@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from gpu_server.core.errors import Refusal, RefusalCode
+from gpu_server.core.admission import RETRY_AFTER_SECONDS
+from gpu_server.core.errors import FailureCode, Refusal, RefusalCode
 
 STATUS: Mapping[RefusalCode, int] = {
     RefusalCode.UNAUTHORIZED: 401,
@@ -59,6 +60,28 @@ STATUS: Mapping[RefusalCode, int] = {
     RefusalCode.INTERNAL: 500,
 }
 
+FAILURE_STATUS: Mapping[str, int] = {
+    FailureCode.REQUEST_REFUSED: 400,
+    FailureCode.DECRYPT_FAILED: 400,
+    FailureCode.MODEL_MISSING: 404,
+    FailureCode.TASK_CANCELLED: 409,
+    FailureCode.CLIENT_GONE: 409,
+    FailureCode.SESSION_KILLED: 409,
+    FailureCode.REPLAY: 409,
+    FailureCode.EVENTS_GONE: 410,
+    FailureCode.GPU_WAIT_TIMEOUT: 503,
+    FailureCode.SESSION_LIFETIME: 503,
+    FailureCode.MODEL_FETCH_FAILED: 503,
+    FailureCode.RUNTIME_UNREACHABLE: 503,
+    FailureCode.SERVICE_RESTARTED: 503,
+    FailureCode.NODE_RESTARTED: 503,
+    FailureCode.SLOT_LOST: 503,
+    FailureCode.STORAGE_FAILING: 503,
+    FailureCode.SHUTDOWN: 503,
+    FailureCode.TASK_TIMEOUT: 504,
+}
+"""The statuses of failed tasks, where an answer has none yet; any other code, also a worker's own, is 500."""
+
 MAX_NAME_LENGTH = 64
 
 log = structlog.get_logger()
@@ -66,22 +89,36 @@ log = structlog.get_logger()
 
 def problem(refusal: Refusal, headers: Mapping[str, str] | None = None, **more: Any) -> JSONResponse:
     """The answer to a refused request."""
-    status = STATUS[refusal.code]
-    content = {
-        "type": f"urn:gpu-server:{refusal.code}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "code": refusal.code,
-        "detail": refusal.message,
-        **refusal.ids,
-        **more,
-    }
-    extra = dict(headers or {})
+    status, extra = STATUS[refusal.code], dict(headers or {})
     if refusal.retry_after is not None:
         extra["Retry-After"] = str(refusal.retry_after)
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(content, status, headers=extra, media_type="application/problem+json")
+    return _problem(status, refusal.code, refusal.message, extra, {**refusal.ids, **more})
+
+
+def task_problem(
+    code: str, message: str, headers: Mapping[str, str] | None = None, **ids: str
+) -> JSONResponse:
+    """The answer to a request whose task failed before there was anything to answer with."""
+    status, extra = FAILURE_STATUS.get(code, 500), dict(headers or {})
+    if status == 503:
+        extra["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return _problem(status, code, message, extra, ids)
+
+
+def _problem(
+    status: int, code: str, message: str, headers: Mapping[str, str], more: Mapping[str, Any]
+) -> JSONResponse:
+    content = {
+        "type": f"urn:gpu-server:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": message,
+        **more,
+    }
+    return JSONResponse(content, status, headers=headers, media_type="application/problem+json")
 
 
 def install(app: FastAPI) -> None:

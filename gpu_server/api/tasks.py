@@ -79,7 +79,7 @@ async def submit(
         headers = {"Location": f"/api/tasks/{task_id}", "Preference-Applied": "respond-async"}
         return JSONResponse(task.model_dump(), status_code=202, headers=headers)
     await asyncio.sleep(0)  # the task is on its way to a warm worker while the response is being set up
-    return _follow(service, task_id, after=0)
+    return follow(service, task_id, after=0)
 
 
 @router.get("/{task_id}")
@@ -98,7 +98,7 @@ async def events(
     """A task's events, from the first or from behind `Last-Event-ID`, and then live. 204 when the client has
     them all and the task has ended, which tells an `EventSource` to stop."""
     owned_task(service.engine.node, task_id, tenant)
-    return _follow(service, task_id, after=int(last_event_id or 0))
+    return follow(service, task_id, after=int(last_event_id or 0))
 
 
 @router.delete("/{task_id}")
@@ -119,11 +119,18 @@ def _timeout(service: Service, asked: float | None) -> float:
     return asked
 
 
-def _follow(service: Service, task_id: str, *, after: int) -> Response:
+def kept_stream(service: Service, task_id: str) -> Stream:
+    """The task's events. Raises `Refusal` where they are not kept any more."""
     stream = service.engine.streams.get(task_id)
     if stream is None:
         message = f"the events of task {task_id} are not kept any more"
         raise Refusal(RefusalCode.EVENTS_GONE, message, task_id=task_id)
+    return stream
+
+
+def follow(service: Service, task_id: str, *, after: int) -> Response:
+    """The task's events as a stream, from behind event `after`. Raises `Refusal`."""
+    stream = kept_stream(service, task_id)
     if stream.finished and after == stream.last_id:
         return Response(status_code=204)
     return EventSourceResponse(

@@ -31,6 +31,9 @@ class QueueView(BaseModel):
 
 
 class SessionView(BaseModel):
+    """`pool`, `kms_key_arn` and `worker_key` (base64, null until the worker has shown it) are those of a
+    sealed session, and null for any other."""
+
     session_id: str
     tenant: str
     model_id: str
@@ -39,6 +42,9 @@ class SessionView(BaseModel):
     state: str
     stage: str | None
     sealed: bool
+    pool: str | None
+    kms_key_arn: str | None
+    worker_key: str | None
     gpu_ids: list[str]
     container_id: str | None
     created_at: str
@@ -85,7 +91,10 @@ def session_view(service: Service, session: Session, *, log_tail: bool = True) -
         task_difficulty=session.tier,
         state=session.state,
         stage=session.stage,
-        sealed=False,
+        sealed=session.sealing is not None,
+        pool=session.sealing.pool if session.sealing else None,
+        kms_key_arn=session.sealing.kms_key_arn if session.sealing else None,
+        worker_key=session.worker_key,
         gpu_ids=list(session.slot_ids),
         container_id=session.container_id,
         created_at=at.time(session.created_at),

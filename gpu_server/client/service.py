@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 from uuid import uuid4
 
 import aiohttp
 import orjson
 
+from gpu_server.client.events import TaskEvent, Unreadable, read_events
 from gpu_server.drivers.clock import BootClock
 from gpu_server.ports import Clock
 
 FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 5.0
 MAX_RETRY_AFTER_SECONDS = 30.0
-_AWAY = frozenset({502, 503, 504})  # the service says so itself, or a proxy in front of it
+AWAY = frozenset({502, 503, 504})
+"""The service says so itself, or a proxy in front of it."""
 _BROKEN = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskEvent:
-    """One server-sent event. `id` is None for one without."""
-
-    id: int | None
-    event: str
-    data: dict[str, Any]
 
 
 class Refused(Exception):
@@ -70,8 +62,8 @@ class Client:
             self._http = aiohttp.ClientSession(url, headers=headers, timeout=timeout, read_bufsize=1 << 18)
         except ValueError as error:
             raise aiohttp.InvalidURL(url, str(error)) from error
-        self._reconnect_seconds, self._clock = reconnect_seconds, clock or BootClock()
-        self._reached = False
+        self.tenant, self.clock = tenant, clock or BootClock()
+        self._reconnect_seconds, self._reached = reconnect_seconds, False
 
     async def __aenter__(self) -> Self:
         return self
@@ -86,33 +78,64 @@ class Client:
         async with self._ask(method, path, data=data, headers=headers) as answer:
             return await _json(answer)
 
+    async def call_once(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, key: str | None = None
+    ) -> dict[str, Any]:
+        """As `call`, and asked again with the same `Idempotency-Key` when the answer was lost. Raises
+        `Refused`, or `aiohttp.ClientError` or TimeoutError when the service cannot be reached (again)."""
+        return await self._insist(method, path, _submission(body, key) if body is not None else {})
+
+    def patience(self) -> Patience:
+        """For as long as this client waits for a service that is away."""
+        return Patience(self.clock, self._reconnect_seconds)
+
     def submit(self, body: Mapping[str, Any], key: str | None = None) -> AsyncGenerator[TaskEvent, None]:
         """Submit a task and give its events, the last being `task_finish`; a `gap` is one too. `key` is its
         `Idempotency-Key`, made here when there is none. Raises `Refused`, or `aiohttp.ClientError` or
         TimeoutError when the service cannot be reached (again)."""
-        return self._events("", 0, _submission(body, key))
+        return self.submit_bytes("/api/tasks/submit", **_submission(body, key))
+
+    def submit_bytes(
+        self,
+        path: str,
+        data: bytes,
+        headers: Mapping[str, str],
+        *,
+        complete: Callable[[], bool] = lambda: False,
+    ) -> AsyncGenerator[TaskEvent, None]:
+        """As `submit`, of bytes that make a task when they are posted to `path`, and the same one when they
+        are posted again. `complete` is asked when the stream breaks: whether there is nothing left to come
+        back for."""
+        return self._events("", 0, (path, {"data": data, "headers": headers}), complete)
 
     def follow(self, task_id: str, after: int = 0) -> AsyncGenerator[TaskEvent, None]:
         """The events of a task behind event `after`, as `submit` gives them; none when that was its last."""
-        return self._events(task_id, after, {})
+        return self._events(task_id, after)
 
     async def submit_async(self, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
         """Submit a task that runs without a reader; the task as it was accepted. Otherwise as `submit`."""
         request = _submission(body, key)
         request["headers"]["Prefer"] = "respond-async"
-        patience = _Patience(self._clock, self._reconnect_seconds)
+        return await self._insist("POST", "/api/tasks/submit", request)
+
+    async def _insist(self, method: str, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        patience = self.patience()
         while True:
             try:
-                async with self._ask("POST", "/api/tasks/submit", **request) as answer:
+                async with self._ask(method, path, **request) as answer:
                     return await _json(answer)
             except (Refused, *_BROKEN) as error:
                 await self._wait_out(error, patience, asked_before=patience.tries > 0)
 
     async def _events(
-        self, task_id: str, last: int, submission: Mapping[str, Any]
+        self,
+        task_id: str,
+        last: int,
+        submission: tuple[str, Mapping[str, Any]] = ("", {}),
+        complete: Callable[[], bool] = lambda: False,
     ) -> AsyncGenerator[TaskEvent, None]:
         """The events behind `last` of a task, which is to be submitted while it has no id."""
-        patience = _Patience(self._clock, self._reconnect_seconds)
+        patience = self.patience()
         while True:
             problem: Exception = aiohttp.ServerDisconnectedError("the stream ended before its task did")
             try:
@@ -121,10 +144,11 @@ class Client:
                         return
                     if answer.status != 200:
                         await _json(answer)
-                    task_id = task_id or answer.headers.get("Location", "").rpartition("/")[2]
+                        raise Unreadable(f"the service answered {answer.status} instead of a stream")
+                    task_id = task_id or _task_of(answer)
                     try:
                         async for event in read_events(answer.content):
-                            task_id = task_id or event.data.get("task_id", "")
+                            task_id = task_id or _id(event.data.get("task_id"))
                             last = last if event.id is None else event.id
                             patience.tries = 0
                             yield event
@@ -134,11 +158,14 @@ class Client:
                         patience.renew()
             except (Refused, *_BROKEN) as error:
                 problem = error
+            if complete():
+                return
             await self._wait_out(problem, patience, asked_before=bool(task_id) or patience.tries > 0)
 
-    def _open(self, task_id: str, last: int, submission: Mapping[str, Any]) -> Any:
+    def _open(self, task_id: str, last: int, submission: tuple[str, Mapping[str, Any]]) -> Any:
         if not task_id:
-            return self._ask("POST", "/api/tasks/submit", **submission)
+            path, request = submission
+            return self._ask("POST", path, **request)
         return self._ask("GET", f"/api/tasks/{task_id}/events", headers={"Last-Event-ID": str(last)})
 
     @asynccontextmanager
@@ -147,10 +174,10 @@ class Client:
             self._reached = True
             yield answer
 
-    async def _wait_out(self, problem: Exception, patience: _Patience, *, asked_before: bool) -> None:
+    async def _wait_out(self, problem: Exception, patience: Patience, *, asked_before: bool) -> None:
         """Return when it is time to ask again. Raises `problem` when it will not pass."""
         if isinstance(problem, Refused):
-            passing = asked_before and problem.status in _AWAY
+            passing = asked_before and problem.status in AWAY
         else:
             passing = asked_before or self._reached or not isinstance(problem, aiohttp.ClientConnectorError)
         if not passing:
@@ -158,7 +185,7 @@ class Client:
         await patience.wait(problem)
 
 
-class _Patience:
+class Patience:
     """How long a service that is away is waited for, and the pauses until it is asked again.
 
     They grow, and are not the same for any two clients, so that a service that comes back is not overrun.
@@ -191,24 +218,6 @@ def _submission(body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
     return {"data": orjson.dumps(body), "headers": headers}
 
 
-async def read_events(content: aiohttp.StreamReader) -> AsyncIterator[TaskEvent]:
-    """Parse an event stream (HTML standard, section 9.2.6, as far as this service uses it)."""
-    rest = b""
-    async for chunk in content.iter_any():
-        *frames, rest = (rest + chunk).split(b"\n\n")
-        for frame in frames:
-            fields = dict(
-                line.split(b": ", 1) for line in frame.split(b"\n") if line and not line.startswith(b":")
-            )
-            if b"data" in fields:
-                number = fields.get(b"id")
-                yield TaskEvent(
-                    id=int(number) if number else None,
-                    event=fields[b"event"].decode(),
-                    data=orjson.loads(fields[b"data"]),
-                )
-
-
 async def _json(answer: aiohttp.ClientResponse) -> dict[str, Any]:
     raw = await answer.read()
     try:
@@ -216,7 +225,20 @@ async def _json(answer: aiohttp.ClientResponse) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         data = {"detail": raw[:500].decode(errors="replace")}
     if answer.status >= 400:
+        data = data if isinstance(data, dict) else {}
         seconds = answer.headers.get("Retry-After", "")
         retry_after = float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else 0
         raise Refused(answer.status, data, retry_after=retry_after)
-    return data  # type: ignore[no-any-return]  # every answer of the interface is an object
+    if not isinstance(data, dict):
+        raise Unreadable("an answer is no JSON object")
+    return data
+
+
+def _task_of(answer: aiohttp.ClientResponse) -> str:
+    """The id of the task whose events these are, "" where the answer does not say."""
+    return _id(answer.headers.get("Location", "").rpartition("/")[2])
+
+
+def _id(named: object) -> str:
+    """An id that can stand in a path, "" for what is none."""
+    return named if isinstance(named, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,128}", named) else ""

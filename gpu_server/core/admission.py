@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.events import SessionRequested, TaskSubmitted
-from gpu_server.core.sessions import RequestKey, Session, Task, TaskType, Workload
+from gpu_server.core.sessions import Grant, RequestKey, SealedUse, Session, Task, TaskType, Workload
 from gpu_server.core.slots import Tier
 
 if TYPE_CHECKING:
     from gpu_server.core.node import Node
 
 RETRY_AFTER_SECONDS = 5
+KEY_RETRY_AFTER_SECONDS = 1
 
 
 def owned_session(node: Node, session_id: str, tenant: str) -> Session:
@@ -52,9 +53,63 @@ def known_request(
     return entity_id
 
 
+def granted(session: Session, psk_id: str) -> Grant:
+    """The grant that opens what is sealed with this key. Raises `Refusal` where the session has none."""
+    if session.sealing is None:
+        raise Refusal(
+            RefusalCode.SEALED_NOT_SUPPORTED,
+            f"session {session.id} is not sealed: it was made without kms_key_arn",
+            session_id=session.id,
+        )
+    if (grant := session.grants.get(psk_id)) is None:
+        raise Refusal(
+            RefusalCode.SESSION_NOT_OPEN,
+            f"session {session.id} has no grant of the key that this request is sealed with: open it first",
+            session_id=session.id,
+        )
+    return grant
+
+
+def admit_opening(node: Node, session_id: str, tenant: str) -> Session:
+    """The session, if a data key may be released to its worker now. Raises `Refusal`."""
+    session = owned_session(node, session_id, tenant)
+    if session.sealing is None:
+        raise Refusal(
+            RefusalCode.SEALED_NOT_SUPPORTED,
+            f"session {session.id} is not sealed: it was made without kms_key_arn",
+            session_id=session.id,
+        )
+    _require_open_to_tasks(node, session)
+    if session.worker_key is None:
+        raise Refusal(
+            RefusalCode.SESSION_NOT_READY,
+            f"the worker of session {session.id} has not shown its key yet ({session.state})",
+            retry_after=KEY_RETRY_AFTER_SECONDS,
+            session_id=session.id,
+        )
+    return session
+
+
+def _require_open_to_tasks(node: Node, session: Session) -> None:
+    if not session.accepts_tasks:
+        raise Refusal(
+            RefusalCode.SESSION_CLOSED,
+            f"session {session.id} is {session.state} ({session.close_reason})",
+            session_id=session.id,
+        )
+    if session.sealed_tasks >= node.rules.sealed_tasks_max:
+        raise Refusal(
+            RefusalCode.SESSION_CLOSED,
+            f"session {session.id} has taken {session.sealed_tasks} sealed tasks, which is the most",
+            session_id=session.id,
+        )
+
+
 def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
     """The session this task joins, or None when it gets a new one. Raises `Refusal`."""
     _refuse_when_shutting_down(node)
+    if event.psk_id is None and event.workload.sealed is SealedUse.REQUIRED:
+        raise _sealed_required(event.workload)
     if event.session_id is None:
         if event.task_type is TaskType.SESSION and not event.workload.serves_sessions:
             raise Refusal(
@@ -65,10 +120,13 @@ def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
         _admit_to_line(node, event.workload, event.tier)
         return None
     session = owned_session(node, event.session_id, event.tenant)
-    if not session.accepts_tasks:
+    _require_open_to_tasks(node, session)
+    if event.psk_id is not None:
+        granted(session, event.psk_id)
+    elif session.sealing is not None:
         raise Refusal(
-            RefusalCode.SESSION_CLOSED,
-            f"session {session.id} is {session.state} ({session.close_reason})",
+            RefusalCode.SESSION_MISMATCH,
+            f"session {session.id} takes sealed tasks only",
             session_id=session.id,
         )
     if session.task_type is TaskType.ONEOFF:
@@ -118,7 +176,22 @@ def admit_session(node: Node, event: SessionRequested) -> None:
             f"preset {event.workload.task_preset} of {event.workload.model_id} has the exec contract,"
             " which serves one-off tasks only",
         )
+    if event.sealing is None and event.workload.sealed is SealedUse.REQUIRED:
+        raise _sealed_required(event.workload)
+    if event.sealing is not None and event.workload.sealed is SealedUse.OFF:
+        raise Refusal(
+            RefusalCode.SEALED_NOT_SUPPORTED,
+            f"preset {event.workload.task_preset} of {event.workload.model_id} takes no sealed requests",
+        )
     _admit_to_line(node, event.workload, event.tier)
+
+
+def _sealed_required(workload: Workload) -> Refusal:
+    return Refusal(
+        RefusalCode.SEALED_REQUIRED,
+        f"preset {workload.task_preset} of {workload.model_id} takes sealed requests only:"
+        " start a session with kms_key_arn",
+    )
 
 
 def _refuse_when_shutting_down(node: Node) -> None:

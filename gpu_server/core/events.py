@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_server.core.errors import Failure
-from gpu_server.core.sessions import CloseReason, RequestKey, TaskState, TaskType, Workload
+from gpu_server.core.sessions import (
+    CloseReason,
+    Grant,
+    RequestKey,
+    Sealing,
+    TaskState,
+    TaskType,
+    Workload,
+)
 from gpu_server.core.slots import Certificate, SlotSpec, Tier
 
 
@@ -28,7 +36,8 @@ class Request(Event):
 class TaskSubmitted(Request):
     """`session_id` None asks for a new session, which takes `new_session_id`. `tier` None means the session's
     own, `low` for a new one. `timeout` counts from the start of the task, in seconds. A `detached` task needs
-    no reader. `key` was looked up before: it is new."""
+    no reader. `key` was looked up before: it is new. A sealed task names the grant that opens it (`psk_id`,
+    hex), and always its session."""
 
     task_id: str
     tenant: str
@@ -40,15 +49,29 @@ class TaskSubmitted(Request):
     timeout: float
     detached: bool = False
     key: RequestKey | None = None
+    psk_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRequested(Request):
+    """With a `sealing` the session is a sealed one, and stays so."""
+
     session_id: str
     tenant: str
     tier: Tier | None
     workload: Workload
     key: RequestKey | None = None
+    sealing: Sealing | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpened(Request):
+    """The enclave has released a data key to this session's worker. `psk_id`, hex, names what it opens."""
+
+    session_id: str
+    tenant: str
+    psk_id: str
+    grant: Grant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +137,14 @@ class StageReached(Event):
 class WorkerCreated(Event):
     session_id: str
     container_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerKeyShown(Event):
+    """The worker of a sealed session shows its public key, in base64. A session never gets a second one."""
+
+    session_id: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,13 @@ from typing import Any
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core import notices
-from gpu_server.core.admission import admit_session, admit_task, owned_session, owned_task
+from gpu_server.core.admission import (
+    admit_opening,
+    admit_session,
+    admit_task,
+    owned_session,
+    owned_task,
+)
 from gpu_server.core.adoption import adopt
 from gpu_server.core.errors import Failure, FailureCode, Refusal, RefusalCode
 from gpu_server.core.sessions import (
@@ -30,6 +36,7 @@ from gpu_server.core.sessions import (
     Expiry,
     RequestKey,
     Rules,
+    Sealing,
     Session,
     SessionState,
     Task,
@@ -52,6 +59,7 @@ class Node(NodeState):
             ev.NodeStarted: self._node_started,
             ev.TaskSubmitted: self._task_submitted,
             ev.SessionRequested: self._session_requested,
+            ev.SessionOpened: self._session_opened,
             ev.SessionKillRequested: self._session_kill_requested,
             ev.KeepaliveRequested: self._keepalive_requested,
             ev.TaskCancelRequested: self._task_cancel_requested,
@@ -60,6 +68,7 @@ class Node(NodeState):
             ev.ReaderLeft: self._reader_left,
             ev.StageReached: self._stage_reached,
             ev.WorkerCreated: self._worker_created,
+            ev.WorkerKeyShown: self._worker_key_shown,
             ev.WorkerReady: self._worker_ready,
             ev.WorkerLost: self._worker_lost,
             ev.TaskEnded: self._task_ended,
@@ -146,6 +155,7 @@ class Node(NodeState):
             key=event.key,
         )
         self._add_task(task)
+        session.sealed_tasks += event.psk_id is not None
         session.queue.append(task.id)
         self._touch_session(session.id)
         self._await_reader(task, now)
@@ -174,8 +184,17 @@ class Node(NodeState):
             now,
             asked_for=True,
             key=event.key,
+            sealing=event.sealing,
         )
         self._join_line(session, now)
+
+    def _session_opened(self, event: ev.SessionOpened, now: float) -> None:
+        session = admit_opening(self, event.session_id, event.tenant)
+        session.grants.pop(event.psk_id, None)
+        session.grants[event.psk_id] = event.grant
+        while len(session.grants) > self.rules.grants_max:
+            del session.grants[next(iter(session.grants))]
+        self._touch_session(session.id)
 
     def _session_kill_requested(self, event: ev.SessionKillRequested, now: float) -> None:
         session = owned_session(self, event.session_id, event.tenant)
@@ -332,12 +351,27 @@ class Node(NodeState):
         session = self._session_in(event.session_id, SessionState.PREPARING)
         if session is None:
             return
+        if session.sealing is not None and session.worker_key is None:
+            self._end(session, CloseReason.START_FAILED, _NO_WORKER_KEY, now)
+            return
         session.stage = None
         self._cancel_alarm(Alarm.START, session.id)
         session.move(SessionState.READY, "worker is ready")
         self._touch_session(session.id)
         self._start_tasks(session, now)
         self._tell_positions([session])
+
+    def _worker_key_shown(self, event: ev.WorkerKeyShown, now: float) -> None:
+        """What was sealed to one key cannot be opened with another, so whoever shows another is not the
+        worker that the tenant has trusted."""
+        session = self.sessions.get(event.session_id)
+        if session is None or session.ended or session.tearing_down or session.sealing is None:
+            return
+        if session.worker_key is None and session.state is SessionState.PREPARING:
+            session.worker_key = event.key
+            self._touch_session(session.id)
+        elif session.worker_key != event.key:
+            self._end(session, CloseReason.WORKER_MISBEHAVED, _OTHER_WORKER_KEY, now)
 
     def _worker_lost(self, event: ev.WorkerLost, now: float) -> None:
         session = self.sessions.get(event.session_id)
@@ -375,6 +409,7 @@ class Node(NodeState):
         *,
         asked_for: bool = False,
         key: RequestKey | None = None,
+        sealing: Sealing | None = None,
     ) -> Session:
         session = Session(
             id=session_id,
@@ -385,6 +420,7 @@ class Node(NodeState):
             created_at=now,
             asked_for=asked_for,
             key=key,
+            sealing=sealing,
         )
         self._add_session(session)
         return session
@@ -608,8 +644,13 @@ class Node(NodeState):
             self._end_if_drained(session, now)
 
     def _end_if_drained(self, session: Session, now: float) -> None:
-        if self.shutting_down and not session.busy and not session.queue:
+        """End a session that takes no more tasks and has none left."""
+        if session.busy or session.queue:
+            return
+        if self.shutting_down:
             self._end(session, CloseReason.SHUTDOWN, _SHUTDOWN, now)
+        elif session.sealed_tasks >= self.rules.sealed_tasks_max:
+            self._end(session, CloseReason.SEALED_TASKS_SPENT, _SPENT, now)
 
     def _shutdown_ordered(self, event: ev.ShutdownOrdered, now: float) -> None:
         self.shutting_down = True
@@ -646,4 +687,13 @@ _CANCELLED = Failure(code=FailureCode.TASK_CANCELLED, message="the task was canc
 _CLIENT_GONE = Failure(code=FailureCode.CLIENT_GONE, message="no client was reading the task's events")
 _NOT_STORED = Failure(code=FailureCode.STORAGE_FAILING, message="the request could not be written down")
 _LIFETIME = Failure(code=FailureCode.SESSION_LIFETIME, message="the session reached its maximum lifetime")
+_NO_WORKER_KEY = Failure(
+    code=FailureCode.START_FAILED,
+    message="the worker became ready without showing a key, so nothing can be sealed to it:"
+    " its image does not speak the sealed part of the worker contract",
+)
+_OTHER_WORKER_KEY = Failure(
+    code=FailureCode.WORKER_PROTOCOL, message="the worker shows another key than the one it began with"
+)
+_SPENT = Failure(code=FailureCode.SESSION_LIFETIME, message="the session has taken all its sealed tasks")
 _SHUTDOWN = Failure(code=FailureCode.SHUTDOWN, message="the service is shutting down")

@@ -72,6 +72,7 @@ def _serves(session: Session, tenant: str, model_id: str, task_preset: str) -> b
         session.tenant == tenant
         and session.accepts_tasks
         and session.task_type is TaskType.SESSION
+        and session.sealing is None
         and (workload.model_id, workload.task_preset) == (model_id, task_preset)
     )
 

@@ -15,7 +15,10 @@ from typing import Any
 from gpu_server.core.errors import Failure
 from gpu_server.core.sessions import (
     CloseReason,
+    Grant,
     RequestKey,
+    SealedUse,
+    Sealing,
     Session,
     SessionState,
     Task,
@@ -99,6 +102,10 @@ def session_row(session: Session, alarms: Alarms) -> Row:
         "failure": _failure_row(session.failure),
         "closed_at": session.closed_at,
         "key": _key_row(session.key),
+        "sealing": asdict(session.sealing) if session.sealing is not None else None,
+        "worker_key": session.worker_key,
+        "grants": {psk_id: asdict(grant) for psk_id, grant in session.grants.items()},
+        "sealed_tasks": session.sealed_tasks,
         "alarms": dict(alarms),
     }
 
@@ -162,7 +169,7 @@ def session_of(session_id: str, row: Row) -> Session:
     return Session(
         id=session_id,
         tenant=row["tenant"],
-        workload=Workload(**row["workload"]),
+        workload=_workload_of(row["workload"]),
         tier=Tier(row["tier"]),
         task_type=TaskType(row["task_type"]),
         created_at=row["created_at"],
@@ -182,6 +189,10 @@ def session_of(session_id: str, row: Row) -> Session:
         closed_at=row["closed_at"],
         log_tail=row.get("log_tail", ""),
         key=_key_of(row["key"]),
+        sealing=Sealing(**row["sealing"]) if row["sealing"] else None,
+        worker_key=row["worker_key"],
+        grants={psk_id: Grant(**grant) for psk_id, grant in row["grants"].items()},
+        sealed_tasks=row["sealed_tasks"],
     )
 
 
@@ -207,6 +218,10 @@ def task_of(task_id: str, row: Row) -> Task:
 def alarms_of(row: Row) -> dict[Alarm, float]:
     """The deadlines in a session's or a task's row."""
     return {Alarm(name): float(when) for name, when in row["alarms"].items()}
+
+
+def _workload_of(row: Row) -> Workload:
+    return Workload(**{**row, "sealed": SealedUse(row["sealed"])})
 
 
 def _failure_of(row: Row | None) -> Failure | None:

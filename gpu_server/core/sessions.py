@@ -43,6 +43,7 @@ class CloseReason(StrEnum):
     START_FAILED = "start_failed"
     NO_AVAILABLE_GPU = "no_available_gpu"
     ABANDONED = "abandoned"
+    SEALED_TASKS_SPENT = "sealed_tasks_spent"
     SLOT_LOST = "slot_lost"
     NODE_RESTARTED = "node_restarted"
     SHUTDOWN = "shutdown"
@@ -87,6 +88,14 @@ class TaskType(StrEnum):
     ONEOFF = "oneoff"
 
 
+class SealedUse(StrEnum):
+    """Whether a preset takes sealed requests (docs/sealed.md), and whether it takes any other."""
+
+    REQUIRED = "required"
+    ALLOWED = "allowed"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What the decisions need to know of a preset."""
@@ -97,6 +106,26 @@ class Workload:
     gpus: int = 1
     max_concurrent_tasks: int = 1
     start_timeout: float = 600.0
+    sealed: SealedUse = SealedUse.ALLOWED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealing:
+    """What a sealed session was made for: one key of the tenant's key service, and a pool. Its worker takes
+    grants of data keys under these two alone."""
+
+    kms_key_arn: str
+    pool: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """A data key that the enclave has released to a session's worker, each part in base64: which life of the
+    enclave it was, the data key as the key service wrapped it, and what only that worker can open."""
+
+    epoch: str
+    wrapped_key: str
+    grant: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +144,9 @@ class Rules:
     `adoption_grace` is how long starts and tasks have at least after a restart of the service, so that what
     ended in time while nobody looked is not called late.
     The last two bound what is remembered of the past, whatever the retention times say: the oldest go first.
+
+    `sealed_tasks_max` is how many sealed tasks a session takes in its life: its worker remembers each, so
+    that none runs twice. `grants_max` is how many grants of a session are kept: the oldest goes first.
     """
 
     idle_timeout: float = 300.0
@@ -131,6 +163,8 @@ class Rules:
     tombstone_retention: float = 3600.0
     ended_tasks_max: int = 10_000
     ended_sessions_max: int = 1_000
+    sealed_tasks_max: int = 65_536
+    grants_max: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +179,11 @@ class Expiry:
 
 @dataclass(slots=True, kw_only=True)
 class Session:
-    """A container, its lease, its queue and its deadlines; one tenant's."""
+    """A container, its lease, its queue and its deadlines; one tenant's.
+
+    A sealed one has a `sealing`. `worker_key` is what its worker has shown, in base64: X25519, public.
+    `grants` are by the id of the key that they release (hex of `psk_id`), the newest last.
+    """
 
     id: str
     tenant: str
@@ -170,6 +208,10 @@ class Session:
     closed_at: float | None = None
     log_tail: str = ""
     key: RequestKey | None = None
+    sealing: Sealing | None = None
+    worker_key: str | None = None
+    grants: dict[str, Grant] = field(default_factory=dict)
+    sealed_tasks: int = 0
     history: list[str] = field(default_factory=list)
 
     @property

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 import weakref
@@ -36,7 +35,7 @@ from gpu_server.drivers.docker_found import Found, take_up
 from gpu_server.drivers.docker_holders import foreign_gpu_holders
 from gpu_server.drivers.docker_images import image_missing, pull
 from gpu_server.drivers.docker_kept import KeptOutput
-from gpu_server.drivers.docker_output import AttachedOutput
+from gpu_server.drivers.docker_output import AttachedOutput, no_output
 from gpu_server.ports import (
     CreatedWorker,
     FoundWorker,
@@ -148,13 +147,14 @@ class DockerRuntime:
             raise image_missing(image, problem)
 
     async def create(self, spec: WorkerSpec) -> CreatedWorker:
-        """See the port. The output must be read: the engine holds back a worker nobody listens to."""
+        """See the port. The output must be read: the engine holds back a worker whose listener does not
+        read."""
         with refused():
-            container_id, connection = await self._calls.call(
+            container_id, output = await self._calls.call(
                 lambda client: self._create(client, spec), discard=lambda created: created[1].close()
             )
         self._end_output(spec.name)
-        output = self._outputs[spec.name] = AttachedOutput(connection)
+        self._outputs[spec.name] = output
         return CreatedWorker(name=spec.name, container_id=container_id, output=output)
 
     async def start(self, name: str) -> None:
@@ -216,8 +216,9 @@ class DockerRuntime:
         """See the port."""
 
         def listed(client: APIClient) -> list[dict[str, Any]]:
-            label = f"{LABEL_INSTANCE}={self._instance}"
-            found: list[dict[str, Any]] = client.containers(all=True, filters={"label": label})
+            # The enclave's container is this instance's too, and no worker: it has no session.
+            wanted = [f"{LABEL_INSTANCE}={self._instance}", LABEL_SESSION]
+            found: list[dict[str, Any]] = client.containers(all=True, filters={"label": wanted})
             return found
 
         with unreachable():
@@ -249,7 +250,7 @@ class DockerRuntime:
         ours = (found["Config"]["Labels"] or {}).get(LABEL_INSTANCE) == self._instance
         return found if ours and found["Name"].lstrip("/") == name else None
 
-    def _create(self, client: APIClient, spec: WorkerSpec) -> tuple[str, socket.socket]:
+    def _create(self, client: APIClient, spec: WorkerSpec) -> tuple[str, AttachedOutput]:
         try:
             image = inspect_image(client, spec.image)
         except ImageNotFound as error:
@@ -267,7 +268,8 @@ class DockerRuntime:
                 raise
             self._make_way(client, spec)
             container_id = create_container(client, body, spec.name)
-        return container_id, attach(client, container_id)
+        output = no_output() if spec.sealed else AttachedOutput(attach(client, container_id))
+        return container_id, output
 
     def _make_way(self, client: APIClient, spec: WorkerSpec) -> None:
         """Remove the container that has the name, if it is the same worker and never started."""

@@ -17,6 +17,7 @@ LABEL_SESSION: Final = "gpu-server.session"
 LABEL_TASK: Final = "gpu-server.task"
 LABEL_TENANT: Final = "gpu-server.tenant"
 LABEL_FENCE: Final = "gpu-server.fence"
+LABEL_SEALED: Final = "gpu-server.sealed"
 
 SHARE_TARGET: Final = "/run/gpu-worker"
 TASK_TARGET: Final = "/task"
@@ -55,6 +56,7 @@ def labels(spec: WorkerSpec, instance: str) -> dict[str, str]:
         LABEL_TASK: spec.task_id or "",
         LABEL_TENANT: hashlib.sha256(spec.tenant.encode()).hexdigest()[:16],
         LABEL_FENCE: str(spec.fence),
+        **({LABEL_SEALED: "yes"} if spec.sealed else {}),
     }
 
 
@@ -95,8 +97,8 @@ def container_body(
         "Env": [f"{name}={value}" for name, value in environment(spec).items()],
         "Labels": labels(spec, instance),
         "AttachStdin": False,
-        "AttachStdout": True,
-        "AttachStderr": True,
+        "AttachStdout": not spec.sealed,
+        "AttachStderr": not spec.sealed,
         "OpenStdin": False,
         "Tty": False,
         "Healthcheck": {"Test": ["NONE"]},

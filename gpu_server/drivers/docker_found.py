@@ -11,10 +11,11 @@ from docker import APIClient
 from docker.errors import NotFound
 
 from gpu_server.drivers.docker_api import attach
+from gpu_server.drivers.docker_body import LABEL_SEALED
 from gpu_server.drivers.docker_calls import EngineCalls, unreachable
 from gpu_server.drivers.docker_events import NEVER_STARTED, exit_of
 from gpu_server.drivers.docker_kept import KeptOutput, OpenLog, open_log
-from gpu_server.drivers.docker_output import AttachedOutput
+from gpu_server.drivers.docker_output import AttachedOutput, no_output
 from gpu_server.ports import WorkerExit
 
 
@@ -30,7 +31,8 @@ class Found:
 def take_up(
     calls: EngineCalls, client: APIClient, inspect: dict[str, Any], *, from_start: bool
 ) -> Found | None:
-    """The inspected container with its output, from now on or from its start; None if it never started.
+    """The inspected container with its output, from now on or from its start; None if it never started. That
+    of a sealed session's worker is not listened to.
 
     Blocks. Raises `OutputLost` and `ENGINE_ERRORS`, of which `NotFound` says that it went away meanwhile.
     """
@@ -38,6 +40,8 @@ def take_up(
         return None
     container_id = str(inspect["Id"])
     ended = exit_of(inspect)
+    if LABEL_SEALED in (inspect["Config"]["Labels"] or {}):
+        return Found(container_id=container_id, output=no_output(), exit=ended)
     if from_start:
         log = open_log(client, calls.docker_host, inspect)
         return Found(
@@ -54,7 +58,7 @@ def take_up(
             return Found(container_id=container_id, output=AttachedOutput(connection), exit=None)
         # The engine ends what is attached when a container exits, and what comes after that never.
         connection.close()
-    return Found(container_id=container_id, output=AttachedOutput(_nothing()), exit=ended)
+    return Found(container_id=container_id, output=no_output(), exit=ended)
 
 
 def _again(calls: EngineCalls, container_id: str) -> Callable[[], Awaitable[OpenLog]]:

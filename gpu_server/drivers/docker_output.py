@@ -20,6 +20,13 @@ HEADER: Final = struct.Struct(">BxxxL")
 """Stream (2 is stderr) and length of what follows."""
 
 
+def no_output() -> AttachedOutput:
+    """The output of a container that nobody listens to: it has ended already."""
+    ours, other = socket.socketpair()
+    other.close()
+    return AttachedOutput(ours)
+
+
 class AttachedOutput:
     """Async iterator over one container's output; it ends with the container, and has one reader.
 

@@ -20,7 +20,19 @@ from gpu_server.ports import JournalUnusable
 
 Migration = Callable[[sqlite3.Connection], None]
 
-MIGRATIONS: Final[tuple[Migration, ...]] = ()
+
+def _know_sealed_sessions(connection: sqlite3.Connection) -> None:
+    """Sessions may be sealed. Those that are there are not."""
+    for session_id, text in connection.execute("SELECT id, row FROM sessions").fetchall():
+        row = orjson.loads(text)
+        serves = row["workload"]["serves_sessions"]
+        row["workload"]["sealed"] = "allowed" if serves else "off"
+        row |= {"sealing": None, "worker_key": None, "grants": {}, "sealed_tasks": 0}
+        text = orjson.dumps(row).decode()
+        connection.execute("UPDATE sessions SET row = ? WHERE id = ?", (text, session_id))
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (_know_sealed_sessions,)
 """Entry k brings version k + 1 to version k + 2. It runs inside a transaction and must not end it, so
 `executescript`, which commits, is forbidden to it. A new journal is version 1, migrated."""
 

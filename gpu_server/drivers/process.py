@@ -24,6 +24,7 @@ from gpu_server.drivers.clock import boot_id
 from gpu_server.drivers.process_output import (
     DiscardedOutput,
     PipedOutput,
+    make_no_pipes,
     make_pipes,
     open_pipes,
     remove_pipes,
@@ -161,7 +162,7 @@ class ProcessRuntime:
             replaced.let_go()
         try:
             write_record(folder, self._record(spec))
-            output, writers = make_pipes(folder)
+            output, writers = make_no_pipes(folder) if spec.sealed else make_pipes(folder)
         except OSError as error:
             raise StartRefused(FailureCode.START_FAILED, f"the run folder is not usable: {error}") from error
         self._outputs[spec.name] = output

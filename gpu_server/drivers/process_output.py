@@ -108,6 +108,12 @@ def make_pipes(folder: Path) -> tuple[PipedOutput, tuple[int, int]]:
     return output, writers
 
 
+def make_no_pipes(folder: Path) -> tuple[PipedOutput, tuple[int, int]]:
+    """What a worker gets whose output nobody may read, and the output that it has: none, now and later."""
+    remove_pipes(folder)
+    return PipedOutput({}), (os.open(os.devnull, os.O_WRONLY), os.open(os.devnull, os.O_WRONLY))
+
+
 def open_pipes(folder: Path) -> PipedOutput:
     """The output of a worker that has its pipes already; it ends at once where there are none."""
     return PipedOutput(_readers(folder))

@@ -7,6 +7,7 @@ swaps nothing. Every answer is bounded in size, and everything but a task's stre
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import socket
 import struct
@@ -22,6 +23,7 @@ from gpu_server.frames import FrameReader, ProtocolFault
 MAX_ANSWER_BYTES = 64 * 1024
 MAX_EVENT_NUMBER = 10**15 - 1  # as many digits as the grammar of frames has
 LAST_BYTE_SECONDS = 0.05
+WORKER_KEY_BYTES = 32  # X25519, RFC 7748
 _CALL = aiohttp.ClientTimeout(total=5)
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=5)
 
@@ -31,7 +33,11 @@ class LinkBroken(Exception):
 
 
 class TaskRefused(Exception):
-    """The worker answered, and did not take the task."""
+    """The worker answered, and did not take the task. `status` is that of its answer."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class TaskUnknown(TaskRefused):
@@ -48,13 +54,15 @@ class EventsDropped(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHealth:
-    """What a worker says of itself. `status` is `loading`, `ready` or `failed`."""
+    """What a worker says of itself. `status` is `loading`, `ready` or `failed`; `sealed_key` is its public
+    key in base64, where it serves sealed tasks."""
 
     status: str
     message: str | None
     stage: str | None
     done: float
     total: float | None
+    sealed_key: str | None
 
 
 class WorkerLink:
@@ -107,14 +115,20 @@ class WorkerLink:
         return self._health_of(data)
 
     async def run(
-        self, task_id: str, body: bytes, reader: FrameReader, accepted: Callable[[], None] | None = None
+        self,
+        task_id: str,
+        body: bytes,
+        reader: FrameReader,
+        accepted: Callable[[], None] | None = None,
+        *,
+        media_type: str = "application/json",
     ) -> None:
         """Give the task to the worker and pass its events to `reader` until the stream ends. `accepted` is
         called, once, when the worker has the task for certain.
 
         Raises `LinkBroken`, `TaskRefused`, `EventsDropped`, `ProtocolFault`, or what the reader raises.
         """
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": media_type}
         await self._stream("POST", f"/tasks/{task_id}", reader, accepted, data=body, headers=headers)
 
     async def attach(
@@ -131,7 +145,7 @@ class WorkerLink:
         try:
             async with self._http.delete(f"/tasks/{task_id}", timeout=_CALL, allow_redirects=False) as answer:
                 if answer.status >= 400:
-                    raise TaskRefused(f"the worker answered {answer.status} to DELETE")
+                    raise TaskRefused(f"the worker answered {answer.status} to DELETE", answer.status)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise LinkBroken(f"cancel was not delivered: {error!r}") from error
 
@@ -150,10 +164,12 @@ class WorkerLink:
                 if answer.status == 410:
                     async with asyncio.timeout(_CALL.total):
                         raw = await _bounded(answer)
+                    if method == "POST" and _says_nothing_is_kept(raw):
+                        raise TaskRefused("the worker keeps nothing of the task's events", answer.status)
                     raise EventsDropped(_oldest_of(raw, reader.seq))
                 if answer.status != 200:
                     refusal = TaskUnknown if (method, answer.status) == ("GET", 404) else TaskRefused
-                    raise refusal(f"the worker answered {answer.status} to {method}")
+                    raise refusal(f"the worker answered {answer.status} to {method}", answer.status)
                 if accepted is not None:
                     accepted()
                 async for chunk in answer.content.iter_any():
@@ -182,6 +198,7 @@ class WorkerLink:
             stage=stage[:200] if isinstance(stage, str) else None,
             done=done if isinstance(done, int | float) else 0,
             total=total if isinstance(total, int | float) else None,
+            sealed_key=_sealed_key_of(data),
         )
 
 
@@ -192,6 +209,28 @@ async def _finish(answer: aiohttp.ClientResponse) -> None:
         async with asyncio.timeout(LAST_BYTE_SECONDS):
             if await answer.content.readany():
                 raise ProtocolFault("bytes came after `end`")
+
+
+def _sealed_key_of(data: dict[str, Any]) -> str | None:
+    key = data.get("sealed_key")
+    if key is None:
+        return None
+    try:
+        raw = base64.b64decode(key, validate=True)
+    except (TypeError, ValueError):
+        raw = b""
+    if len(raw) != WORKER_KEY_BYTES or base64.b64encode(raw).decode() != key:
+        raise ProtocolFault(f"the worker's sealed_key is not {WORKER_KEY_BYTES} bytes in base64")
+    return str(key)
+
+
+def _says_nothing_is_kept(raw: bytes) -> bool:
+    """Whether a 410 names no event that is kept: of a sealed task that ran, under this id or another."""
+    try:
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(data, dict) and "oldest" not in data
 
 
 def _oldest_of(raw: bytes, seq: int) -> int:

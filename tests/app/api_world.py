@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from gpu_server import presets
 from gpu_server.app import Server, create_app
 from gpu_server.drivers.models import FolderModelStore
+from gpu_server.ports import Enclave, KeyService
 from gpu_server.service import Service
 from gpu_server.settings import Settings
 from tests.app.reading import Event, parse
@@ -25,6 +26,12 @@ from tests.app.world import IMAGE, World, engine_world, slot_specs, unwrapped
 
 KEY = "the-internal-key-of-the-tests"
 PRESETS = f"""
+pools:
+  default: {{model_id: m, task_preset: p}}
+  closed: {{model_id: m, task_preset: closed}}
+  never: {{model_id: m, task_preset: never}}
+  one: {{model_id: m, task_preset: two}}
+  other: {{model_id: m, task_preset: two}}
 models:
   m:
     p: {{docker_image: {IMAGE}, model: none, env_vars: {{SECRET_OF_PRESET: hidden}}}}
@@ -32,6 +39,8 @@ models:
     two: {{docker_image: {IMAGE}, model: none, gpus: 2}}
     nine: {{docker_image: {IMAGE}, model: none, gpus: 9}}
     exec: {{docker_image: {IMAGE}, model: none, contract: exec}}
+    closed: {{docker_image: {IMAGE}, model: none, sealed: required}}
+    never: {{docker_image: {IMAGE}, model: none, sealed: "off"}}
     forbidden: {{docker_image: elsewhere/image, model: none}}
   org/chat:
     p: {{docker_image: {IMAGE}, model: none}}
@@ -119,6 +128,8 @@ async def api_world(
     *,
     settings: Mapping[str, Any] | None = None,
     warnings: tuple[str, ...] = (),
+    enclave: Enclave | None = None,
+    keys: KeyService | None = None,
     **engine: Any,
 ) -> AsyncIterator[Api]:
     """The application over a world of `engine_world(**engine)`."""
@@ -136,6 +147,8 @@ async def api_world(
             clock=world.clock,
             internal_key=KEY,
             fingerprint_key=b"of the tests",
+            enclave=enclave,
+            keys=keys,
             warnings=warnings,
         )
         app = create_app(service)

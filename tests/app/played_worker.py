@@ -38,6 +38,7 @@ class Call:
     path: str
     body: bytes
     _writer: asyncio.StreamWriter
+    media_type: str = ""
 
     async def answer(self, status: int, body: Any) -> None:
         """A whole JSON answer."""
@@ -184,7 +185,8 @@ class PlayedWorker:
             line.split(":")[1] for line in head.lower().splitlines() if line.startswith("content-length")
         ]
         body = await reader.readexactly(int(length[0])) if length else b""
-        call = Call(method, path, body, writer)
+        kinds = [line.split(": ")[1] for line in head.splitlines() if line.lower().startswith("content-type")]
+        call = Call(method, path, body, writer, *kinds)
         self.calls.append((method, path))
         if path == "/health":
             progress = {"progress": None, "message": None}

@@ -18,7 +18,6 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gpu_server import __version__, cli
-from gpu_server.client import TaskEvent
 from gpu_server.settings import Settings
 from tests.app.api_world import KEY, api_world
 from tests.app.played_worker import Call, PlayedWorker, echo, end, frame
@@ -254,17 +253,6 @@ def test_sessions(url: str) -> None:
     assert (result.exit_code, "session_not_found" in result.stderr) == (1, True)
 
 
-def test_long_values_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    """An artifact does not fill the screen."""
-    printer = cli.EventPrinter(as_json=False)
-    data = {"name": "n", "media_type": "m", "data": "x" * 10_000, "nothing": None}
-    printer.show(TaskEvent(id=1, event="artifact", data=data))
-    shown = capsys.readouterr().out
-    assert len(shown) < 200
-    assert "name=n" in shown
-    assert "nothing" not in shown
-
-
 def test_presets_check(tmp_path: Path) -> None:
     """The shipped file passes; a file with mistakes is 1 and a line for each."""
     result = run("presets", "check", str(ROOT / "config/model_presets.yaml"))
@@ -276,6 +264,18 @@ def test_presets_check(tmp_path: Path) -> None:
     lines = result.stderr.splitlines()
     assert len(lines) == 2
     assert all(line.startswith(f"{file}:3: models.m.p.gpu") for line in lines)
+
+
+def test_presets_list(tmp_path: Path) -> None:
+    """Every preset is a line, with what one needs to ask for it; a file with mistakes is told as ever."""
+    result = run("presets", "list", str(ROOT / "config/model_presets.yaml"), env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows[0] == ["model_id", "task_preset", "contract", "gpus", "openai", "image"]
+    assert ["echo", "once", "exec", "1", "gpu-server/echo:dev"] in rows
+    (tmp_path / "presets.yaml").write_text("models: 1\n")
+    result = run("presets", "list", str(tmp_path / "presets.yaml"))
+    assert (result.exit_code, "models" in result.stderr) == (1, True)
 
 
 def test_presets_check_of_the_settings(tmp_path: Path) -> None:

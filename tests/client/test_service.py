@@ -1,27 +1,22 @@
-"""The client: what it makes of an event stream, and that no break and no restart costs it anything."""
+"""The client: no break and no restart costs it anything."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
-from hypothesis import given
-from hypothesis import strategies as st
 
+from gpu_server.client import TaskEvent, Unreadable
 from gpu_server.client.service import (
     FIRST_PAUSE_SECONDS,
     MAX_PAUSE_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
     Client,
     Refused,
-    TaskEvent,
-    read_events,
 )
 from tests.app.api_world import KEY, TASK, api_world
 from tests.app.played_service import Handler, Played, dies, played_service, sends
@@ -35,37 +30,6 @@ EVENTS = [
     TaskEvent(id=4, event="task_finish", data={"status": "completed"}),
 ]
 FRAMES = [frame(event.id, event.event, **event.data) for event in EVENTS]
-
-
-class Pieces:
-    """A stream of these chunks."""
-
-    def __init__(self, chunks: list[bytes]) -> None:
-        self.chunks = chunks
-
-    async def iter_any(self) -> AsyncIterator[bytes]:
-        for chunk in self.chunks:
-            yield chunk
-
-
-@given(st.lists(st.integers(0, 400), max_size=8))
-async def test_split_frames(cuts: list[int]) -> None:
-    """Frames are read the same in whatever pieces they come, comments and blank lines between them."""
-    raw = b": ping\n\n".join(FRAMES) + b": ping\n\n\n\n"
-    edges = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
-    chunks = [raw[a:b] for a, b in itertools.pairwise(edges)]
-    assert [event async for event in read_events(Pieces(chunks))] == EVENTS
-
-
-async def test_half_a_frame() -> None:
-    """What was cut off by the end of the stream is not given out."""
-    assert [event async for event in read_events(Pieces([FRAMES[0] + FRAMES[2][:-1]]))] == EVENTS[:1]
-
-
-async def test_no_id() -> None:
-    """An event without a number has none."""
-    (event,) = [event async for event in read_events(Pieces([b"event: x\ndata: {}\n\n"]))]
-    assert event.id is None
 
 
 async def submit(client: Client, **more: Any) -> list[TaskEvent]:
@@ -322,8 +286,32 @@ async def test_unreadable_refusal() -> None:
         await runner.cleanup()
 
 
-def test_task_event_is_a_value() -> None:
-    """Events can be compared and cannot be changed."""
-    event: Any = EVENTS[0]
-    with pytest.raises(AttributeError):
-        event.id = 2
+async def test_what_is_no_answer() -> None:
+    """An answer that is neither a stream nor a refusal is told, and not asked for again."""
+    async with played_service(202, sends(b"event: x\ndata: {\n\n")) as (client, service):
+        with pytest.raises(Unreadable, match="202"):
+            await submit(client)
+        with pytest.raises(Unreadable, match="no event stream"):
+            await submit(client)
+        assert service.asked == [POST, POST]
+
+
+async def test_calling_once() -> None:
+    """A call that is made once is asked again, with the same key, when its answer was lost; one without a
+    body too."""
+    async with played_service(dies(back_after=2), 201, dies(back_after=2), 200) as (client, service):
+        assert await client.call_once("POST", "/api/sessions", {"pool": "x"}) == {"task_id": "t_1"}
+        assert len(set(service.keys)) == 1
+        assert service.keys[0]
+        assert await client.call_once("GET", "/api/sessions/s_1") == {"task_id": "t_1"}
+        assert [request.method for request in service.requests] == ["POST", "POST", "GET", "GET"]
+
+
+async def test_nothing_left_to_come_back_for() -> None:
+    """A stream of which nothing is missed is not taken up again when it breaks."""
+    async with played_service(sends(*FRAMES[:3], cut=True)) as (client, service):
+        events = client.submit_bytes("/inference", b"bytes", {"X-Name": "v"}, complete=lambda: True)
+        assert [event async for event in events] == EVENTS[:3]
+        assert service.asked == [("POST", "/inference", None)]
+        assert service.bodies == [b"bytes"]
+        assert service.requests[0].headers["X-Name"] == "v"

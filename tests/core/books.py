@@ -12,7 +12,7 @@ from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core.errors import FailureCode
 from gpu_server.core.node import Node
-from gpu_server.core.sessions import CloseReason, RequestKey, TaskType, Workload
+from gpu_server.core.sessions import CloseReason, RequestKey, SealedUse, Sealing, TaskType, Workload
 from gpu_server.core.slots import SlotSpec, SlotState, Tier
 from tests.core.invariants import must
 
@@ -62,6 +62,11 @@ class SessionBook:
     washed: bool = False
     closed: bool = False
     forgotten: bool = False
+    sealing: Sealing | None = None
+    worker_key: str | None = None
+    grants: list[str] = field(default_factory=list)  # what they open, the newest last
+    sealed_tasks: int = 0
+    must_end: bool = False  # its worker is not the one that things can be sealed to
     quiet_since: float = 0.0
     order: list[str] = field(default_factory=list)  # its unfinished tasks, as they were submitted
     in_worker: list[str] = field(default_factory=list)
@@ -134,6 +139,9 @@ class Books:
             case ev.SessionRequested():
                 must(not self.shutting_down, "work was taken in the shutdown:", event)
                 self._book_session(event.session_id, event, TaskType.SESSION, asked_for=True, key=event.key)
+                self._book_sealing(event)
+            case ev.SessionOpened():
+                self._book_opened(event)
             case ev.SessionKillRequested():
                 must(self.sessions[event.session_id].tenant == event.tenant, "killed by another:", event)
                 self.sessions[event.session_id].gave_up = True
@@ -157,10 +165,17 @@ class Books:
             case ev.Tick():
                 for book in self.sessions.values():
                     book.gave_up |= self.now >= book.joined_at + self.node.rules.gpu_wait_max
+            case ev.WorkerKeyShown():
+                book = self.sessions[event.session_id]
+                if book.sealing is not None and book.leased_at is not None and not book.washed:
+                    if book.worker_key is None:
+                        book.worker_key = event.key
+                    book.must_end |= book.worker_key != event.key
             case ev.WorkerReady():
                 book = self.sessions[event.session_id]
                 if book.leased_at is not None and not book.washed and not book.is_ready:
-                    book.is_ready, book.quiet_since = True, self.now
+                    book.must_end |= book.sealing is not None and book.worker_key is None
+                    book.is_ready, book.quiet_since = not book.must_end, self.now
             case ev.TaskEnded():
                 book = self.sessions[event.session_id]
                 if event.task_id in book.in_worker:
@@ -180,7 +195,34 @@ class Books:
             self._book_session(session_id, event, event.task_type, asked_for=False, key=None)
         self.tasks[event.task_id] = TaskBook(session_id, event.tenant, event.detached, event.key)
         self.sessions[session_id].order.append(event.task_id)
+        self._book_sealed_task(event, self.sessions[session_id])
         must(self.sessions[session_id].tenant == event.tenant, "a task in another's session:", event)
+
+    def _book_sealed_task(self, event: ev.TaskSubmitted, session: SessionBook) -> None:
+        must(
+            (event.psk_id is None) == (session.sealing is None), "sealed and plain are mixed:", event, session
+        )
+        if event.psk_id is None:
+            must(event.workload.sealed is not SealedUse.REQUIRED, "a plain task of a sealed preset:", event)
+            return
+        must(event.psk_id in session.grants, "a task that its worker cannot open:", event, session)
+        session.sealed_tasks += 1
+        most = self.node.rules.sealed_tasks_max
+        must(session.sealed_tasks <= most, f"a session remembers {most} sealed tasks:", event, session)
+
+    def _book_sealing(self, event: ev.SessionRequested) -> None:
+        use = event.workload.sealed
+        must(event.sealing is not None or use is not SealedUse.REQUIRED, "it had to be sealed:", event)
+        must(event.sealing is None or use is not SealedUse.OFF, "it may not be sealed:", event)
+        self.sessions[event.session_id].sealing = event.sealing
+
+    def _book_opened(self, event: ev.SessionOpened) -> None:
+        session = self.sessions[event.session_id]
+        must(session.tenant == event.tenant, "opened by another:", event)
+        must(session.sealing is not None and session.worker_key is not None, "granted to nobody:", event)
+        must(not session.washed, "granted to one that ends:", event, session)
+        grants = [psk_id for psk_id in session.grants if psk_id != event.psk_id]
+        session.grants = [*grants, event.psk_id][-self.node.rules.grants_max :]
 
     def _book_session(
         self,
@@ -300,6 +342,9 @@ class Books:
             must(not session.washed, "washed twice:", effect)
             if isinstance(self.event, ev.DrainOrdered):
                 must(effect.session_id not in busy_before, "a drain cut work off:", effect, session)
+            if self.node.sessions[effect.session_id].close_reason is CloseReason.SEALED_TASKS_SPENT:
+                spent = session.sealed_tasks == self.node.rules.sealed_tasks_max
+                must(spent and not session.order, "it was not spent:", effect, session)
             if self.node.sessions[effect.session_id].close_reason is CloseReason.IDLE_TIMEOUT:
                 must(effect.session_id not in busy_before, "a session idled out at work:", effect, session)
                 quiet = self.now - session.quiet_since

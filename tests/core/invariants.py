@@ -99,7 +99,7 @@ def _kept(entity: Slot | Session | Task) -> list[Any]:
 def _without_words(value: Any) -> Any:
     if isinstance(value, Failure) and value.from_worker:
         return ("from a worker", value.code)
-    return list(value) if isinstance(value, dict) else value  # the order of a worker's tasks matters
+    return list(value.items()) if isinstance(value, dict) else value  # the order of a worker's tasks matters
 
 
 def _check_session(node: Node, session: Session) -> None:
@@ -146,6 +146,14 @@ def _check_session(node: Node, session: Session) -> None:
         must(session.close_reason is not None and session.closed_at is not None, "no reason:", session)
     else:
         must(session.closed_at is None, "closed while alive:", session)
+    if session.sealing is None:
+        sealed = session.worker_key or session.grants or session.sealed_tasks
+        must(not sealed, "a plain session with something sealed:", session)
+    elif state in (SessionState.READY, SessionState.WORKING):
+        must(session.worker_key is not None, "a sealed session serves without a key:", session)
+    must(not session.grants or session.worker_key is not None, "a grant to nobody:", session)
+    must(len(session.grants) <= node.rules.grants_max, "more grants than are kept:", session)
+    must(session.sealed_tasks <= node.rules.sealed_tasks_max, "more sealed tasks than it takes:", session)
     if session.task_type is TaskType.ONEOFF:
         must(len(session.queue) + len(session.busy) <= 1, "a one-off session with two tasks:", session)
 

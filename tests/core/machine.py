@@ -12,7 +12,17 @@ from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.node import Node
 from gpu_server.core.rows import Table
-from gpu_server.core.sessions import CloseReason, RequestKey, Rules, TaskState, TaskType, Workload
+from gpu_server.core.sessions import (
+    CloseReason,
+    Grant,
+    RequestKey,
+    Rules,
+    SealedUse,
+    Sealing,
+    TaskState,
+    TaskType,
+    Workload,
+)
 from gpu_server.core.slots import BOTH_TIERS, Certificate, SlotSpec, Tier
 from tests.core.next_life import DEVICES, Death
 from tests.core.world import World
@@ -33,14 +43,19 @@ RULES = [
     Rules(session_queue_max=0, lifetime_grace=0, max_lifetime=100, cancel_grace=15, task_retention=0),
     Rules(idle_timeout=25, max_lifetime=30, lifetime_grace=20, cancel_grace=8, disconnect_grace=60),
     Rules(max_lifetime=150, ended_tasks_max=3, ended_sessions_max=2, disconnect_grace=10),
+    Rules(sealed_tasks_max=3, grants_max=2, max_lifetime=400, task_retention=50),
 ]
 WORKLOADS = [
     Workload(model_id="m", task_preset="chat", start_timeout=40),
     Workload(model_id="m", task_preset="batched", max_concurrent_tasks=3, start_timeout=40),
     Workload(model_id="m", task_preset="pair", max_concurrent_tasks=2, gpus=2, start_timeout=150),
-    Workload(model_id="m", task_preset="batch", serves_sessions=False, start_timeout=40),
-    Workload(model_id="m", task_preset="big", gpus=3),
+    Workload(
+        model_id="m", task_preset="batch", serves_sessions=False, start_timeout=40, sealed=SealedUse.OFF
+    ),
+    Workload(model_id="m", task_preset="big", gpus=3, sealed=SealedUse.OFF),
+    Workload(model_id="m", task_preset="closed", start_timeout=40, sealed=SealedUse.REQUIRED),
 ]
+SEALING = Sealing(kms_key_arn="arn:aws:kms:eu-central-1:111122223333:key/k", pool="chat")
 TENANTS = ["ann", "bob"]
 KEYS = [None] * 4 + [RequestKey(name=name, fingerprint=body) for name, body in ("1a", "1b", "2a")]
 ENDS = [TaskState.COMPLETED, TaskState.COMPLETED, TaskState.FAILED, TaskState.CANCELLED, TaskState.TIMEOUT]
@@ -101,8 +116,9 @@ class NodeMachine(RuleBasedStateMachine):
         tenant = "eve" if odd == 0 else book.tenant
         kind = TaskType.ONEOFF if odd == 1 else book.task_type
         tier = Tier.HIGH if odd == 2 else None
+        psk_id = (book.grants or [None])[pick % (len(book.grants) or 1)] if odd != 4 else "of another"
         for _ in range(times):
-            self.submit(tenant, work if odd == 3 else book.workload, tier, kind, session_id)
+            self.submit(tenant, work if odd == 3 else book.workload, tier, kind, session_id, psk_id=psk_id)
 
     def submit(
         self,
@@ -112,6 +128,7 @@ class NodeMachine(RuleBasedStateMachine):
         kind: TaskType,
         session_id: str | None,
         key: RequestKey | None = None,
+        psk_id: str | None = None,
     ) -> None:
         if key is not None and self.world.knows(Table.TASKS, tenant, key):
             return
@@ -128,6 +145,7 @@ class NodeMachine(RuleBasedStateMachine):
                 timeout=500.0 if self.names % 3 else 25.0,
                 detached=self.names % 5 == 0,
                 key=key,
+                psk_id=psk_id,
             )
         )
         if admitted and self.names % 13 == 0:  # it could not be stored
@@ -144,15 +162,23 @@ class NodeMachine(RuleBasedStateMachine):
         work=st.sampled_from(WORKLOADS),
         tier=st.sampled_from([None, Tier.LOW, Tier.HIGH]),
         key=st.sampled_from(KEYS),
+        sealing=st.sampled_from([None, SEALING]),
     )
     def asks_for_a_session(
-        self, tenant: str, work: Workload, tier: Tier | None, key: RequestKey | None
+        self,
+        tenant: str,
+        work: Workload,
+        tier: Tier | None,
+        key: RequestKey | None,
+        sealing: Sealing | None,
     ) -> None:
         if key is not None and self.world.knows(Table.SESSIONS, tenant, key):
             return
         name = self.name("s")
         admitted = self.world.send(
-            ev.SessionRequested(session_id=name, tenant=tenant, tier=tier, workload=work, key=key)
+            ev.SessionRequested(
+                session_id=name, tenant=tenant, tier=tier, workload=work, key=key, sealing=sealing
+            )
         )
         if admitted and self.names % 7 == 0:
             self.withdraw(None, name)
@@ -199,6 +225,8 @@ class NodeMachine(RuleBasedStateMachine):
         if not self.world.sessions[session_id].created:
             self.world.sessions[session_id].created = True
             self.world.fact(ev.WorkerCreated(session_id=session_id, container_id=f"c-{session_id}"))
+        if far > 1 and not (far == 3 and pick == 0):  # some never show one
+            self.show_key(session_id)
         if far > 1:
             self.world.fact(ev.WorkerReady(session_id=session_id))
 
@@ -207,7 +235,37 @@ class NodeMachine(RuleBasedStateMachine):
     def every_worker_comes_up(self) -> None:
         """Those that are up already say so again, as after an adoption."""
         for session_id in self.world.serving():
+            self.show_key(session_id)
             self.world.fact(ev.WorkerReady(session_id=session_id))
+
+    def show_key(self, session_id: str, key: str | None = None) -> None:
+        """The worker of a sealed session has a key of its own; an attendant tells of no other's."""
+        if self.world.sessions[session_id].sealing is not None:
+            self.world.fact(ev.WorkerKeyShown(session_id=session_id, key=key or f"key of {session_id}"))
+
+    @precondition(lambda self: self.world.serving())
+    @rule(pick=PICK, other=PICK)
+    def a_worker_shows_its_key(self, pick: int, other: int) -> None:
+        """Its own, as when it is adopted; or another one, by which it gives itself away."""
+        session_id = self.pick(self.world.serving(), pick)
+        self.show_key(session_id, "another key" if other == 7 else None)
+
+    @precondition(lambda self: self.world.sessions)
+    @rule(pick=PICK, odd=st.integers(0, 15), which=st.integers(0, 3))
+    def a_session_is_opened(self, pick: int, odd: int, which: int) -> None:
+        """With a data key or another; also one that is plain, has ended, shows no key or is another's."""
+        book = self.world.sessions
+        sealed = [name for name in self.world.serving() if book[name].sealing is not None]
+        session_id = self.pick((odd > 2 and sealed) or list(book), pick)
+        grant = Grant(epoch="epoch", wrapped_key=f"key {which}", grant=f"{session_id}")
+        self.world.send(
+            ev.SessionOpened(
+                session_id=session_id,
+                tenant="eve" if odd == 15 else book[session_id].tenant,
+                psk_id=f"{which} of {session_id}",
+                grant=grant,
+            )
+        )
 
     @precondition(lambda self: self.world.serving())
     @rule(pick=PICK, reason=st.sampled_from(LOSSES), really=st.integers(0, 3))

@@ -14,8 +14,10 @@ from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import (
     CloseReason,
+    Grant,
     RequestKey,
     Rules,
+    Sealing,
     Session,
     Task,
     TaskState,
@@ -28,6 +30,8 @@ from tests.core.journal import Journal, check_cut
 
 WORK = Workload(model_id="m", task_preset="chat")
 EXIT = Failure(code=FailureCode.WORKER_EXITED, message="exit code 137")
+SEALING = Sealing(kms_key_arn="arn:aws:kms:eu-central-1:111122223333:key/k", pool="chat")
+GRANT = Grant(epoch="the enclave's", wrapped_key="the tenant's", grant="the worker's")
 EXEC = Workload(model_id="m", task_preset="batch", serves_sessions=False)
 
 
@@ -109,6 +113,7 @@ class Story:
         read: bool = True,
         detached: bool = False,
         key: RequestKey | None = None,
+        psk_id: str | None = None,
     ) -> list[fx.Effect]:
         """A tenant submits a task, and reads its stream unless told otherwise."""
         effects = self.tell(
@@ -123,6 +128,7 @@ class Story:
                 timeout=timeout,
                 detached=detached,
                 key=key,
+                psk_id=psk_id,
             )
         )
         if read:
@@ -137,11 +143,25 @@ class Story:
         tier: Tier | None = None,
         workload: Workload = WORK,
         key: RequestKey | None = None,
+        sealing: Sealing | None = None,
     ) -> list[fx.Effect]:
         """A tenant asks for a session ahead of its first task."""
         return self.tell(
-            ev.SessionRequested(session_id=session_id, tenant=tenant, tier=tier, workload=workload, key=key)
+            ev.SessionRequested(
+                session_id=session_id,
+                tenant=tenant,
+                tier=tier,
+                workload=workload,
+                key=key,
+                sealing=sealing,
+            )
         )
+
+    def open(
+        self, psk_id: str = "psk", session_id: str = "s1", tenant: str = "ann", grant: Grant = GRANT
+    ) -> list[fx.Effect]:
+        """The enclave has granted a data key to this session's worker."""
+        return self.tell(ev.SessionOpened(session_id=session_id, tenant=tenant, psk_id=psk_id, grant=grant))
 
     def kill(self, session_id: str = "s1", tenant: str = "ann") -> list[fx.Effect]:
         return self.tell(ev.SessionKillRequested(session_id=session_id, tenant=tenant))
@@ -177,6 +197,10 @@ class Story:
         """The worker of this session comes up."""
         self.tell(ev.WorkerCreated(session_id=session_id, container_id=f"c-{session_id}"))
         return self.tell(ev.WorkerReady(session_id=session_id))
+
+    def shows(self, key: str = "key", session_id: str = "s1") -> list[fx.Effect]:
+        """The worker of this session shows its public key."""
+        return self.tell(ev.WorkerKeyShown(session_id=session_id, key=key))
 
     def lose(
         self,
@@ -262,6 +286,16 @@ def warm(*slots: str, **rules: float) -> Story:
     """Session `s1` of ann, ready and without tasks."""
     story = Story(*slots, **rules)
     story.ask("s1")
+    story.ready("s1")
+    return story
+
+
+def sealed(*slots: str, **rules: float) -> Story:
+    """Session `s1` of ann, sealed, ready and open to what is sealed with `psk`."""
+    story = Story(*slots, **rules)
+    story.ask("s1", sealing=SEALING)
+    story.shows()
+    story.open()
     story.ready("s1")
     return story
 

@@ -18,8 +18,11 @@ from gpu_server.core.node import Node
 from gpu_server.core.rows import WORDS_LOST, Row, Rows, RowsUnusable, Table
 from gpu_server.core.sessions import (
     CloseReason,
+    Grant,
     RequestKey,
     Rules,
+    SealedUse,
+    Sealing,
     Session,
     SessionState,
     Task,
@@ -80,6 +83,7 @@ SESSIONS = st.builds(
         gpus=st.integers(1, 8),
         max_concurrent_tasks=st.integers(1, 64),
         start_timeout=TIME,
+        sealed=st.sampled_from(SealedUse),
     ),
     tier=st.sampled_from(Tier),
     task_type=st.sampled_from(TaskType),
@@ -101,6 +105,10 @@ SESSIONS = st.builds(
     closed_at=st.none() | TIME,
     log_tail=st.just(""),
     key=KEYS,
+    sealing=st.none() | st.builds(Sealing, kms_key_arn=TEXT, pool=TEXT),
+    worker_key=st.none() | TEXT,
+    grants=st.dictionaries(TEXT, st.builds(Grant, epoch=TEXT, wrapped_key=TEXT, grant=TEXT), max_size=3),
+    sealed_tasks=COUNT,
     history=NO_HISTORY,
 )
 TASKS = st.builds(

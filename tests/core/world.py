@@ -216,6 +216,7 @@ class World(Books):
         for lease in leases:
             self._check_nobody_was_overtaken(lease)
         self._check_nothing_lags()
+        self._compare_sealed(event)
         if isinstance(event, ev.Tick):
             for session_id in self.serving():
                 session = self.sessions[session_id]
@@ -236,6 +237,17 @@ class World(Books):
             must(as_believed, f"slot {slot_id} is {seen.state}, the books say {slot.state}:", event)
             slot.number = seen.number if slot.number is None else slot.number
             must(seen.number == slot.number, "a slot's number has changed:", seen, slot)
+
+    def _compare_sealed(self, event: ev.Event) -> None:
+        for session_id, session in self.node.sessions.items():
+            book = self.sessions[session_id]
+            seen = (session.sealing, session.worker_key, list(session.grants), session.sealed_tasks)
+            believed = (book.sealing, book.worker_key, book.grants, book.sealed_tasks)
+            must(seen == believed, f"{session_id} is sealed otherwise:", event, seen, believed)
+            must(not book.must_end or book.washed, "it serves whom it was not opened for:", event, session_id)
+            at_work = book.order or book.in_worker or book.washed
+            spent = book.sealed_tasks >= self.node.rules.sealed_tasks_max
+            must(at_work or not spent, "a session that takes no more tasks idles:", event, session_id)
 
     def _check_nobody_was_overtaken(self, lease: fx.StartWorker) -> None:
         """Whoever joined earlier and still waits could not have used any of these slots."""

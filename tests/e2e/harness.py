@@ -110,7 +110,14 @@ def presets(runtime: str) -> dict[str, Any]:
             "hostile": hostile,
             "org/tiny": {"read": {**PROGRAM, "model": "folder"}, "serve": {**ECHO, "model": "folder"}},
             "org/absent": {"read": {**PROGRAM, "model": "folder"}, "serve": {**ECHO, "model": "folder"}},
-        }
+            "secret": {"only_sealed": {**ECHO, "sealed": "required"}, "never": {**ECHO, "sealed": "off"}},
+        },
+        "pools": {
+            "words": {"model_id": "echo", "task_preset": "stream"},
+            "batch": {"model_id": "echo", "task_preset": "batch"},
+            "slow": {"model_id": "echo", "task_preset": "short_start"},
+            "only": {"model_id": "secret", "task_preset": "only_sealed"},
+        },
     }
 
 
@@ -489,17 +496,19 @@ class Service:
     def instance(self) -> str:
         return (self.state_dir / "instance_id").read_text().strip()
 
-    def containers(self) -> list[dict[str, Any]]:
-        """This instance's containers, running or not; none where workers are processes."""
+    def containers(self, *, enclave: bool = False) -> list[dict[str, Any]]:
+        """This instance's workers, or its enclave's containers, running or not; none where they are
+        processes."""
         if self.engine is None:
             return []
-        label = f"gpu-server.instance={self.instance}"
-        found: list[dict[str, Any]] = self.engine.containers(all=True, filters={"label": label})
+        wanted = "gpu-server.role=enclave" if enclave else "gpu-server.session"
+        labels = [f"gpu-server.instance={self.instance}", wanted]
+        found: list[dict[str, Any]] = self.engine.containers(all=True, filters={"label": labels})
         return found
 
     def run_folders(self) -> list[str]:
         """The folders of sessions; what is kept of ended tasks is no residue."""
-        return sorted(path.name for path in self.run_dir.glob("*/*") if path.parent.suffix != ".kept")
+        return sorted(path.name for path in self.run_dir.glob("*/*") if not path.parent.suffix)
 
     def worker_pids(self) -> list[int]:
         """Processes that were started for this service's sessions, where workers are processes."""
@@ -529,7 +538,7 @@ class Service:
 
     def sweep(self) -> None:
         """Remove the workers that a service left which did not do it itself."""
-        for container in self.containers():
+        for container in [*self.containers(), *self.containers(enclave=True)]:
             assert self.engine is not None
             self.engine.remove_container(container["Id"], v=True, force=True)
         for pid in self.worker_pids():
@@ -618,5 +627,6 @@ class Services:
             service.close()
             if (service.state_dir / "instance_id").exists():
                 left += service.residue()
+                left += [c["Names"][0] for c in service.containers(enclave=True)]
                 service.sweep()
         assert left == []

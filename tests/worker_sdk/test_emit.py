@@ -123,7 +123,7 @@ async def test_an_emitter_waits_when_nobody_reads() -> None:
     async def talk() -> None:
         for _ in range(100):
             await emit.text_delta("word")
-        history.end(b"END")
+        history.end(b"END", status="completed")
 
     async with asyncio.TaskGroup() as group:
         talking = group.create_task(talk())

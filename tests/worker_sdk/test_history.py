@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import threading
 
 import pytest
@@ -144,8 +145,8 @@ async def test_the_end_needs_no_room_and_is_the_last() -> None:
     """A full history still takes its end, readers see the end of the stream, and nothing follows."""
     history = History(1000)
     kept = fill(history)
-    history.end(b"END")
-    history.end(b"AGAIN")
+    history.end(b"END", status="completed")
+    history.end(b"AGAIN", status="failed")
     with history.reader(kept) as reader:
         assert (await reader.ready()).endswith(b"END")
         reader.took()
@@ -178,7 +179,7 @@ async def test_a_thread_writes_while_the_loop_reads() -> None:
         for _ in range(3000):
             while (wait := history.add(FRAME)) is not None:
                 wait.result()
-        loop.call_soon_threadsafe(history.end, FRAME)
+        loop.call_soon_threadsafe(functools.partial(history.end, FRAME, status="completed"))
 
     loop = asyncio.get_running_loop()
     thread = threading.Thread(target=write)

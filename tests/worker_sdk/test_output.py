@@ -1,12 +1,16 @@
 import asyncio
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import gpu_worker
 import pytest
 from gpu_worker import BlockingEmitter, Emitter, Task, Worker
 from gpu_worker.history import History
-from gpu_worker.output import TaskOutput
+from gpu_worker.output import TaskOutput, captured, current
 
 
 def lines(events: list[Any]) -> list[tuple[str, str]]:
@@ -125,3 +129,48 @@ async def test_lines_left_out_at_the_end_are_told_too() -> None:
     for _ in range(10):
         output.write("stdout", "line\n")
     assert b"lines left out" in output.rest()[0]
+
+
+async def test_a_private_task_prints_for_itself_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its lines are its events, and not the process's output."""
+    history = History(1000)
+    with captured():
+        token = current.set(TaskOutput(history, private=True))
+        print("secret")
+        current.reset(token)
+        print("not of a task")
+    assert b"secret" in await read(history)
+    assert capsys.readouterr().out == "not of a task\n"
+
+
+def test_a_hushed_process() -> None:
+    """Native code writes nowhere from the beginning, Python's own streams from when it is asked for on."""
+    program = (
+        "import os, sys\n"
+        "from gpu_worker.output import hushed\n"
+        "with hushed() as hush:\n"
+        "    os.write(1, b'native'); os.system('echo child')\n"
+        "    print('before', flush=True); print('before', file=sys.stderr)\n"
+        "    hush()\n"
+        "    print('after', flush=True); print('after', file=sys.stderr)\n"
+        "print('when all is over')\n"
+    )
+    ended = run_program(program)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("before\n", "before\n", 0)
+
+
+def test_a_hushed_process_without_streams() -> None:
+    """Whoever starts it may have closed them."""
+    program = (
+        "import os\n"
+        "os.close(1); os.close(2)\n"
+        "from gpu_worker.output import hushed\n"
+        "with hushed() as hush:\n"
+        "    print('before', flush=True); hush(); print('after', flush=True)\n"
+    )
+    assert run_program(program).returncode == 0
+
+
+def run_program(text: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(gpu_worker.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)

@@ -55,7 +55,8 @@ class Emitter:
             await asyncio.wrap_future(wait)
 
     async def raw(self, data: bytes) -> None:
-        """For tests of hosts only: put any bytes on the streams of this moment, and flush them."""
+        """For tests of hosts only: put any bytes on the streams of this moment, and flush them. Of a sealed
+        task they are sealed too."""
         self._history.pass_by(data)
         await self.flush()
 

@@ -69,6 +69,11 @@ def end(
     return _frame("end", dumps(data))
 
 
+def sealed(data: bytes) -> bytes:
+    """A piece of a sealed answer: its salt, or one of its chunks."""
+    return b'event: sealed\ndata: {"data":"%b"}\n\n' % base64.b64encode(data)
+
+
 def _further(more: Mapping[str, Any] | None) -> str:
     """More fields of a JSON object, behind its first. Most events have none."""
     return "," + dumps(more)[1:-1] if more else ""

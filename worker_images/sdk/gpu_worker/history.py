@@ -14,6 +14,8 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 
+from gpu_worker.frames import Status
+
 _PASSING_MAX = 64  # unnumbered frames that wait for one reader; when full the oldest goes
 _ID_ROOM = 16
 
@@ -90,13 +92,13 @@ class History:
 
     # -- the loop's side ----------------------------------------------------------------------------------
 
-    def end(self, *frames: bytes) -> None:
-        """Add the last frames, which need no room. Nothing can be added after them, not even another end."""
+    def end(self, *frames: bytes, status: Status) -> None:
+        """Add the last frames, which need no room. Nothing can be added after them, not even another end.
+        `status` is what they say."""
         with self._lock:
             if self.ended:
                 return
-            for frame in frames:
-                self._append(frame)
+            self._close(frames, status)
             self.ended = True
         self._wake()
         self.release()
@@ -131,6 +133,17 @@ class History:
         self._append(frame)
         return True
 
+    def _close(self, last: tuple[bytes, ...], status: Status) -> None:
+        for frame in last:
+            self._append(frame)
+
+    def _settle(self) -> None:
+        """A reader is about to take all there is."""
+
+    def _has_all(self, sent: int) -> bool:
+        """Whether a reader that was sent everything up to id `sent` was sent all there is."""
+        return sent >= self.last
+
     def _append(self, frame: bytes) -> None:
         self.last += 1
         frame = b"id: %d\n%b" % (self.last, frame)
@@ -152,7 +165,7 @@ class History:
             del self._frames[: self._dropped]
             self._base += self._dropped
             self._dropped = 0
-        return self.size + wanted <= self.limit or self._taken == self.last
+        return self.size + wanted <= self.limit or self._has_all(self._taken)
 
     def _mark_taken(self, upto: int) -> None:
         if upto > self._taken:
@@ -218,7 +231,7 @@ class Reader:
 
     @property
     def caught_up(self) -> bool:
-        return not self._busy and not self.passing and self._sent >= self._history.last
+        return not self._busy and not self.passing and self._history._has_all(self._sent)
 
     def wake(self) -> None:
         if self._sleeper is not None and not self._sleeper.done():
@@ -234,6 +247,7 @@ class Reader:
 
     def _collect(self) -> bytes:
         history = self._history
+        history._settle()
         pieces: list[bytes] = []
         while self.passing:
             before, data = self.passing.popleft()

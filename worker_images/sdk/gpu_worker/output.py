@@ -1,4 +1,4 @@
-"""What a task prints becomes its `logs` events, and still reaches the real stdout and stderr.
+"""What a task prints becomes its `logs` events, and, unless it is sealed, reaches the real stdout and stderr.
 
 A context variable says whose output it is, so concurrent tasks are told apart, also in threads that were
 started with `asyncio.to_thread`. Printing never waits: it may happen on the event loop, or under a logging
@@ -8,9 +8,10 @@ handler's lock. Lines that find the task's history full are left out, and a line
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, TextIO, cast
 
@@ -21,9 +22,10 @@ _LINE_MAX = 16_384  # characters; a longer line is cut in pieces
 
 
 class TaskOutput:
-    """The lines of one task."""
+    """The lines of one task. Those of a `private` one are for its history alone."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, *, private: bool = False) -> None:
+        self.private = private
         self._history = history
         self._lock = threading.Lock()
         self._open_line = {"stdout": "", "stderr": ""}
@@ -75,11 +77,12 @@ class _Tee:
         self._real = real
 
     def write(self, text: str) -> int:
-        written = self._real.write(text)
         output = current.get()
+        if output is None or not output.private:
+            self._real.write(text)
         if output is not None:
             output.write(self._name, text)
-        return written
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -103,3 +106,40 @@ def captured() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = real
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[Callable[[], None]]:
+    """For a process whose output must tell nothing of its tasks. From here on the descriptors 1 and 2 are
+    /dev/null, so native code and children write there. sys.stdout and sys.stderr still lead to the real ones
+    until the function that this gives is called: then nothing does. Before `captured`."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        with contextlib.suppress(Exception):  # closed, or nobody reads it
+            stream.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    real = [_duplicate(number, null) for number in (1, 2)]
+    for number in (1, 2):
+        os.dup2(null, number)
+
+    def hush() -> None:
+        for number in real:
+            os.dup2(null, number, inheritable=False)
+
+    with contextlib.ExitStack() as streams:
+        sys.stdout, sys.stderr = (
+            streams.enter_context(open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace"))
+            for number in real
+        )
+        streams.callback(os.close, null)
+        try:
+            yield hush
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _duplicate(number: int, otherwise: int) -> int:
+    try:
+        return os.dup(number)
+    except OSError:  # whoever started this process closed it
+        return os.dup(otherwise)

@@ -9,15 +9,22 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aiohttp import web
 
+from gpu_worker.emit import Emitter
+from gpu_worker.errors import TaskError
 from gpu_worker.frames import dumps
 from gpu_worker.history import Dropped
+from gpu_worker.sealed_record import Refused
 from gpu_worker.tasks import Run, Task, Tasks
 
-_BODY_MAX = 64 << 20
+if TYPE_CHECKING:
+    from gpu_worker.sealed_session import SealedSession
+
+SEALED_TASK = "application/vnd.gpu-server.sealed"
+_BODY_MAX = 65 << 20
 _CLOSE_SECONDS = 0.5  # for streams that are still being read when the worker stops
 
 
@@ -31,14 +38,24 @@ class Health:
     progress: dict[str, Any] | None = None
     message: str | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    sealed_key: str | None = None
     state: Any = None
 
 
 class Routes:
-    def __init__(self, health: Health, tasks: Tasks, function: Callable[..., Any]) -> None:
+    """With a `sealed` session, tasks come sealed or not at all."""
+
+    def __init__(
+        self,
+        health: Health,
+        tasks: Tasks,
+        function: Callable[..., Any],
+        sealed: SealedSession | None = None,
+    ) -> None:
         self._health = health
         self._tasks = tasks
         self._function = function
+        self._sealed = sealed
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_MAX)
@@ -56,24 +73,58 @@ class Routes:
                 "session_id": health.session_id,
                 "progress": health.progress,
                 "message": health.message,
+                **({"sealed_key": health.sealed_key} if health.sealed_key else {}),
                 **({"figures": health.figures} if health.figures else {}),
             },
             dumps=dumps,
         )
 
     async def submit(self, request: web.Request) -> web.StreamResponse:
+        task_id = request.match_info["id"]
+        is_sealed = request.content_type == SEALED_TASK
         body = await request.read()
-        run = self._tasks.find(request.match_info["id"])
-        if run is None:
-            if self._health.status != "ready":
-                return _refusal(503, f"the worker is not ready: {self._health.status}")
-            try:
-                metadata = _metadata(body)
-            except ValueError as error:
-                return _refusal(400, str(error))
-            task = Task(request.match_info["id"], metadata, self._health.state)
-            run = self._tasks.start(task, self._function)
+        try:
+            if self._sealed is not None and is_sealed:
+                run = self._admit_sealed(self._sealed, task_id, body)
+            elif self._sealed is None and not is_sealed:
+                run = self._tasks.find(task_id) or self._admit(task_id, body)
+            else:
+                wanted = "tasks that are not sealed" if self._sealed is None else "sealed tasks only"
+                raise Refused(415, f"this worker takes {wanted}")
+        except Refused as refused:
+            code = {} if refused.code is None else {"code": refused.code}
+            return _refusal(refused.status, refused.message, **code)
         return await _stream(request, run, after=0)
+
+    def _admit(self, task_id: str, body: bytes) -> Run:
+        self._check_ready()
+        try:
+            metadata = _metadata(body)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        return self._tasks.start(Task(task_id, metadata, self._health.state), self._function)
+
+    def _admit_sealed(self, session: SealedSession, task_id: str, body: bytes) -> Run:
+        """The run of a sealed request: an earlier one, where the same bytes have come before."""
+        request = session.read(body)
+        known = session.record.task_of(request.request_id, request.enc)
+        run = self._tasks.find(task_id if known is None else known)
+        if known is not None:
+            if run is None:
+                raise Refused(410, "the answer to this request is no longer kept", code="gone")
+            self._tasks.name(run, task_id)
+            return run
+        if run is not None:
+            raise Refused(409, "another request came under this task id", code="replay")
+        self._check_ready()
+        metadata, sealer = session.open(request)
+        session.record.add(request.request_id, request.enc, task_id)
+        task = Task(task_id, metadata or {}, self._health.state)
+        return self._tasks.start(task, _no_object if metadata is None else self._function, sealer)
+
+    def _check_ready(self) -> None:
+        if self._health.status != "ready":
+            raise Refused(503, f"the worker is not ready: {self._health.status}")
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         run = self._tasks.find(request.match_info["id"])
@@ -115,6 +166,11 @@ async def _stream(request: web.Request, run: Run, after: int) -> web.StreamRespo
     return response
 
 
+async def _no_object(task: Task, emit: Emitter) -> None:
+    """Runs in place of the author's function: only the sealed answer may say what was in the request."""
+    raise TaskError("invalid_request", "what was sealed must be a JSON object")
+
+
 def _metadata(body: bytes) -> dict[str, Any]:
     try:
         document = json.loads(body)
@@ -126,7 +182,7 @@ def _metadata(body: bytes) -> dict[str, Any]:
     return metadata
 
 
-def _refusal(status: int, message: str, **more: int) -> web.Response:
+def _refusal(status: int, message: str, **more: int | str) -> web.Response:
     return web.json_response({"error": message, **more}, status=status, dumps=dumps)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 from gpu_worker import frames
 from gpu_worker.emit import BlockingEmitter, Emitter
 from gpu_worker.errors import TaskError
+from gpu_worker.frames import Status
 from gpu_worker.history import History
 from gpu_worker.output import TaskOutput, current
+from gpu_worker.sealed_history import SealedHistory, Sealer
 
 FINISHED_MAX = 64  # finished tasks that are remembered
 FINISHED_BYTES = 64 << 20  # and how much their frames may take together
@@ -34,12 +36,13 @@ class Task:
 
 
 class Run:
-    """One call of the author's function."""
+    """One call of the author's function. `names` are the ids that it is found by."""
 
-    def __init__(self, task: Task, history: History) -> None:
+    def __init__(self, task: Task, history: History, *, private: bool = False) -> None:
         self.task = task
         self.history = history
-        self._output = TaskOutput(history)
+        self.names = [task.id]
+        self._output = TaskOutput(history, private=private)
         self._asyncio_task: asyncio.Task[None] | None = None
         self._in_thread = False
 
@@ -62,25 +65,33 @@ class Run:
             # Not at once: an asyncio task cancelled before its first step never runs, nor says its end.
             asyncio.get_running_loop().call_soon(self._asyncio_task.cancel)
 
-    def end(self, frame: bytes) -> None:
-        self.history.end(*self._output.rest(), frame)
+    def end(self, status: Status, frame: bytes) -> None:
+        self.history.end(*self._output.rest(), frame, status=status)
 
     async def _execute(self, function: Callable[..., Any]) -> None:
         current.set(self._output)
         usage: dict[str, Any] | None = None
+        status: Status = "failed"
         try:
             usage = await self._call(function)
             frame = frames.end("completed", usage=_checked(usage))
+            status = "completed"
         except TaskError as error:
             frame = frames.end("failed", (str(error.code), str(error.message)[:_MESSAGE_MAX]))
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 (author's code)
             usage = None
             if not self.task.cancelled:
-                traceback.print_exc()
+                self._show_traceback()
             frame = frames.end("failed", ("task_failed", describe(error)))
         if self.task.cancelled:
-            frame = frames.end("cancelled", usage=usage)
-        self.end(frame)
+            status, frame = "cancelled", frames.end("cancelled", usage=usage)
+        self.end(status, frame)
+
+    def _show_traceback(self) -> None:
+        if self._output.private:  # also where sys.stderr is not captured
+            self._output.write("stderr", traceback.format_exc())
+        else:
+            traceback.print_exc()
 
     async def _call(self, function: Callable[..., Any]) -> Any:
         if not self._in_thread:
@@ -102,13 +113,22 @@ class Tasks:
     def find(self, task_id: str) -> Run | None:
         return self._runs.get(task_id)
 
-    def start(self, task: Task, function: Callable[..., Any]) -> Run:
-        run = Run(task, History(self._history_bytes))
+    def start(self, task: Task, function: Callable[..., Any], sealer: Sealer | None = None) -> Run:
+        """Run it. With a `sealer`, all that it says goes out sealed, and nowhere else."""
+        limit = self._history_bytes
+        history = History(limit) if sealer is None else SealedHistory(limit, sealer)
+        run = Run(task, history, private=sealer is not None)
         self._runs[task.id] = run
         asyncio_task = run.start(self._group, function)
         self._running[asyncio_task] = run
         asyncio_task.add_done_callback(self._has_finished)
         return run
+
+    def name(self, run: Run, task_id: str) -> None:
+        """Let a run be found by another id too, for as long as it is kept."""
+        if task_id not in run.names:
+            run.names.append(task_id)
+            self._runs[task_id] = run
 
     async def stop(self, seconds: float) -> None:
         """Cancel what runs, and end its streams after `seconds` at the latest."""
@@ -118,14 +138,14 @@ class Tasks:
         if self._running:
             await asyncio.wait(list(self._running), timeout=seconds)
         for run in self._running.values():
-            run.end(frames.end("cancelled"))
+            run.end("cancelled", frames.end("cancelled"))
 
     async def fail(self, seconds: float, reason: str) -> None:
         """Let what runs end by itself, which knows better why; after `seconds` all of it ends as failed."""
         if self._running:
             await asyncio.wait(list(self._running), timeout=seconds)
         for run in self._running.values():
-            run.end(frames.end("failed", ("worker_failed", reason[:_MESSAGE_MAX])))
+            run.end("failed", frames.end("failed", ("worker_failed", reason[:_MESSAGE_MAX])))
             run.cancel()
             run.abandon()
 
@@ -135,7 +155,8 @@ class Tasks:
         while len(self._finished) > FINISHED_MAX or (size > FINISHED_BYTES and len(self._finished) > 1):
             oldest = self._finished.popleft()
             size -= oldest.history.size
-            del self._runs[oldest.task.id]
+            for name in oldest.names:
+                del self._runs[name]
 
 
 async def in_thread(name: str, call: Callable[[], Any]) -> Any:

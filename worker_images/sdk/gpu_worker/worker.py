@@ -12,12 +12,15 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gpu_worker import frames
-from gpu_worker.output import captured
+from gpu_worker.output import captured, hushed
 from gpu_worker.server import Health, Routes, listening
 from gpu_worker.tasks import Tasks, describe, in_thread
+
+if TYPE_CHECKING:
+    from gpu_worker.sealed_session import SealedSession
 
 HISTORY_BYTES = 8 << 20
 _STOP_SECONDS = 1.0  # for tasks to end after SIGTERM
@@ -46,6 +49,7 @@ class Worker:
         self._task_function: Callable[..., Any] | None = None
         self._stop: Callable[[], Any] | None = None
         self._on_failure: Callable[[str], None] = lambda _: None
+        self._hush: Callable[[], None] = lambda: None
         self.failure: str | None = None
         self.health = Health(session_id=None)
 
@@ -80,7 +84,10 @@ class Worker:
         path = os.environ.get("GPU_WORKER_SOCKET")
         if not path:
             sys.exit("GPU_WORKER_SOCKET is not set: it names the Unix socket to serve on")
-        with captured():
+        with contextlib.ExitStack() as output:
+            if _is_sealed():
+                self._hush = output.enter_context(hushed())
+            output.enter_context(captured())
             asyncio.run(self._until_signal(Path(path)))
         if self.failure is not None:
             _exit_failed(self.failure)
@@ -92,12 +99,17 @@ class Worker:
         *,
         session_id: str | None = None,
         history_bytes: int = HISTORY_BYTES,
+        sealed: SealedSession | str | None = None,
     ) -> None:
         """Serve on the Unix socket `path` until `stop` is set, or until `fail`: then `failure` says why. This
-        is `run` for those who have an event loop."""
+        is `run` for those who have an event loop. `sealed` is the session's key pair; a text says why
+        there is none though there should be, and the load fails with it."""
         if self._task_function is None:
             raise RuntimeError("no function is decorated with @worker.task")
-        self.health = Health(session_id=session_id)
+        unable = sealed if isinstance(sealed, str) else None
+        session = None if isinstance(sealed, str) else sealed
+        sealed_key = session.public_key if session else None
+        self.health = Health(session_id=session_id, sealed_key=sealed_key)
         loop = asyncio.get_running_loop()
 
         def stopping() -> None:
@@ -109,13 +121,16 @@ class Worker:
             stop.set()
         async with asyncio.TaskGroup() as group:
             tasks = Tasks(group, history_bytes)
-            app = Routes(self.health, tasks, self._task_function).application()
+            app = Routes(self.health, tasks, self._task_function, session).application()
             async with listening(app, path):
-                loading = group.create_task(self._load(), name="load")
+                loading = group.create_task(self._load(unable), name="load")
                 await stop.wait()
                 loading.cancel()
+                was_ready = self.health.status == "ready"
                 self.health.status = "failed"
                 self.health.message = self.failure or "the worker is stopping"
+                if self.failure is not None and sealed is not None and was_ready:
+                    self.health.message = "the worker failed"  # its own words may quote a task
                 if self.failure is None:
                     await tasks.stop(_STOP_SECONDS)
                 else:
@@ -136,10 +151,14 @@ class Worker:
             stop,
             session_id=os.environ.get("GPU_SESSION_ID"),
             history_bytes=int(os.environ.get("GPU_WORKER_HISTORY_BYTES", HISTORY_BYTES)),
+            sealed=_sealed_session() if _is_sealed() else None,
         )
 
-    async def _load(self) -> None:
+    async def _load(self, unable: str | None) -> None:
         health = self.health
+        if unable is not None:
+            health.status, health.message = "failed", unable
+            return
         try:
             if self._load_function is None:
                 health.state = None
@@ -152,6 +171,7 @@ class Worker:
             traceback.print_exc()
             health.status, health.message = "failed", describe(error)
         else:
+            self._hush()
             health.status = "ready"
         health.progress = None
 
@@ -161,6 +181,21 @@ class Worker:
 
     def _note_progress(self, stage: str, done: float, total: float | None = None) -> None:
         self.health.progress = frames.progress_data(stage, done, total)
+
+
+def _is_sealed() -> bool:
+    return bool(os.environ.get("SEALED_KMS_KEY_ARN"))
+
+
+def _sealed_session() -> SealedSession | str:
+    """The key pair of this session; where it cannot be made, why."""
+    try:
+        # Not at the top: plain workers need none of its libraries.
+        from gpu_worker.sealed_session import SealedSession
+
+        return SealedSession.from_environment(os.environ)
+    except (ImportError, ValueError) as error:
+        return f"this image cannot serve sealed sessions: {error}"
 
 
 def _exit_in(seconds: float, way: Callable[[Any], Any], argument: object) -> None:

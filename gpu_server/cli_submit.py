@@ -1,0 +1,245 @@
+"""`gpu-server submit`: a task and its events, in clear or sealed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from gpu_server.cli_client import (
+    DEFAULT_URL,
+    AsJson,
+    EventPrinter,
+    Key,
+    TenantName,
+    Url,
+    converse,
+    err,
+    exit_with,
+    follow,
+    out,
+    show_all,
+)
+from gpu_server.client import AwsDataKeys, Client, Expected, Malformed, SealedSession, open_sealed
+from gpu_server.sealed.names import region_of
+
+SEALED = "Sealed tasks"
+
+
+def _register(index: int, what: str) -> Any:
+    """The option for one measurement of the enclave."""
+    return typer.Option(
+        f"--pcr{index}",
+        metavar="HEX",
+        help=f"PCR{index} of the enclave: {what}.",
+        rich_help_panel=SEALED,
+        show_default=False,
+    )
+
+
+Pcr0 = Annotated[str | None, _register(0, "the whole program; needed, but for --allow-simulated")]
+Pcr1 = Annotated[str | None, _register(1, "kernel and first ramdisk")]
+Pcr2 = Annotated[str | None, _register(2, "the application")]
+Pcr3 = Annotated[str | None, _register(3, "the IAM role of its machine")]
+Pcr8 = Annotated[str | None, _register(8, "the certificate that signed it")]
+
+
+def submit(
+    model: Annotated[str | None, typer.Argument(help="model_id", show_default=False)] = None,
+    preset: Annotated[str | None, typer.Argument(help="task_preset", show_default=False)] = None,
+    metadata: Annotated[
+        str, typer.Argument(help="The worker's input: a JSON object, or - for standard input.")
+    ] = "{}",
+    prompt: Annotated[str | None, typer.Option(help="Short for metadata {'prompt': ...}.")] = None,
+    oneoff: Annotated[bool, typer.Option("--oneoff", help="In a container of its own.")] = False,
+    session: Annotated[str | None, typer.Option(help="Queue behind this session.")] = None,
+    difficulty: Annotated[str | None, typer.Option(help="low or high.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds the task may run.")] = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Do not follow it: print its id, and let it run without a reader."),
+    ] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with this key gives the same task.")
+    ] = None,
+    sealed: Annotated[
+        bool,
+        typer.Option(
+            "--sealed", help="So that only the session's worker can read it.", rich_help_panel=SEALED
+        ),
+    ] = False,
+    kms_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARN", help="The KMS key to seal under.", rich_help_panel=SEALED, show_default=False
+        ),
+    ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="What shall serve it, instead of model and preset.",
+            rich_help_panel=SEALED,
+            show_default=False,
+        ),
+    ] = None,
+    pcr0: Pcr0 = None,
+    pcr1: Pcr1 = None,
+    pcr2: Pcr2 = None,
+    pcr3: Pcr3 = None,
+    pcr8: Pcr8 = None,
+    allow_simulated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-simulated",
+            help="Accept a simulated enclave, which protects nothing.",
+            rich_help_panel=SEALED,
+        ),
+    ] = False,
+    kms_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="A KMS that is elsewhere.", rich_help_panel=SEALED, show_default=False
+        ),
+    ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Leave the session for later tasks (--session).", rich_help_panel=SEALED),
+    ] = False,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    tenant: TenantName = None,
+) -> None:
+    """Submit a task and follow its events. Exit status 0 when it completed, 1 when it did not.
+
+    With --sealed and a --pool or a --session, the metadata may be the only argument.
+    """
+    if sealed and (pool or session) and model is not None and preset is None and metadata == "{}":
+        metadata, model = model, None
+    given = _metadata(metadata, prompt)
+    if not sealed:
+        only_sealed = {
+            "--kms-key": kms_key,
+            "--pool": pool,
+            "--pcr0": pcr0,
+            "--pcr1": pcr1,
+            "--pcr2": pcr2,
+            "--pcr3": pcr3,
+            "--pcr8": pcr8,
+            "--allow-simulated": allow_simulated,
+            "--kms-endpoint": kms_endpoint,
+            "--keep": keep,
+        }
+        _none_of(only_sealed, "is for --sealed")
+        if model is None or preset is None:
+            raise typer.BadParameter("name a model_id and a task_preset")
+        body: dict[str, Any] = {
+            "task_type": "oneoff" if oneoff else "session",
+            "model_id": model,
+            "task_preset": preset,
+            "metadata": given,
+        }
+        for name, value in (
+            ("session_id", session),
+            ("task_difficulty", difficulty),
+            ("timeout_seconds", timeout),
+        ):
+            if value is not None:
+                body[name] = value
+        if detach:
+            task = converse(url, api_key, tenant, lambda client: client.submit_async(body, idempotency_key))
+            out.print(orjson.dumps(task).decode() if as_json else task["task_id"], markup=False)
+            return
+        follow(url, api_key, tenant, lambda client: client.submit(body, idempotency_key), as_json=as_json)
+        return
+
+    only_plain = {
+        "--oneoff": oneoff,
+        "--timeout": timeout,
+        "--detach": detach,
+        "--idempotency-key": idempotency_key,
+    }
+    _none_of(only_plain, "cannot be had with --sealed")
+    options: dict[str, Any] = {
+        "kms_key_arn": _kms_key(kms_key),
+        "pool": pool,
+        "model_id": model,
+        "task_preset": preset,
+        "task_difficulty": difficulty,
+        "session_id": session,
+        "expect": _expected(pcr0, pcr1, pcr2, pcr3, pcr8, allow_simulated=allow_simulated),
+        "keys": AwsDataKeys(endpoint_url=kms_endpoint),
+        "allow_simulated": allow_simulated,
+        "keep": keep,
+    }
+    if (model is None) != (preset is None) or not (pool or model or session):
+        raise typer.BadParameter("name a --pool, a model_id and a task_preset, or a --session")
+    if (model is not None and (pool or session)) or (session and difficulty is not None):
+        raise typer.BadParameter(
+            "a pool has its model and preset, a session its difficulty too: leave them out"
+        )
+
+    async def seal(client: Client) -> str:
+        async with await open_sealed(client, **options) as opened:
+            _tell(opened, to_stderr=as_json, keep=keep)
+            printer = EventPrinter(as_json=as_json, sealed=True)
+            return await show_all(opened.submit(given), printer)
+
+    exit_with(converse(url, api_key, tenant, seal))
+
+
+def _metadata(text: str, prompt: str | None) -> dict[str, Any]:
+    try:
+        given = orjson.loads(sys.stdin.buffer.read() if text == "-" else text)
+    except orjson.JSONDecodeError as error:
+        raise typer.BadParameter(f"metadata is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise typer.BadParameter("metadata must be a JSON object")
+    return given if prompt is None else {**given, "prompt": prompt}
+
+
+def _none_of(options: Mapping[str, object], why: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise typer.BadParameter(f"{name} {why}")
+
+
+def _kms_key(arn: str | None) -> str:
+    if arn is None:
+        raise typer.BadParameter("--sealed needs --kms-key")
+    try:
+        region_of(arn)
+    except Malformed as error:
+        raise typer.BadParameter(f"--kms-key: {error}") from None
+    return arn
+
+
+def _expected(
+    pcr0: str | None,
+    pcr1: str | None,
+    pcr2: str | None,
+    pcr3: str | None,
+    pcr8: str | None,
+    *,
+    allow_simulated: bool,
+) -> Expected:
+    if pcr0 is None and not allow_simulated:
+        raise typer.BadParameter("--sealed needs --pcr0: without it, any enclave would do")
+    try:
+        return Expected(pcr0=pcr0, pcr1=pcr1, pcr2=pcr2, pcr3=pcr3, pcr8=pcr8)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _tell(session: SealedSession, *, to_stderr: bool, keep: bool) -> None:
+    """What this client has verified, before anything is sealed."""
+    to = err if to_stderr else out
+    if session.assurance == "simulated":
+        to.print("[yellow]sealed: simulated enclave, proves nothing[/]")
+    else:
+        to.print(f"[green]sealed: {session.assurance}, PCR0 {session.attestation.pcrs[0].hex()}[/]")
+    if keep:
+        to.print(f"session: {session.session_id}", markup=False)

@@ -1,0 +1,69 @@
+"""Where the enclave runs: one seam, for `enclave_container.py` and `enclave_process.py`.
+
+A host keeps no state of its own: a container's labels, or a process's record file, say what runs and what it
+was made from, also to the next life of the service.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Final, Protocol
+
+from gpu_server.drivers.docker_api import one_line
+
+ROLE: Final = "enclave"
+
+
+class EnclaveHost(Protocol):
+    """Starts and ends the one enclave of this instance."""
+
+    async def find(self) -> bool:
+        """Take up the enclave that an earlier life of the service started; False if none of the same make
+        runs. Raises `EnclaveDown` and `RuntimeUnreachable`."""
+
+    async def start(self) -> None:
+        """Start a new one; what is left of an earlier one is removed first. Raises `EnclaveDown` and
+        `RuntimeUnreachable`."""
+
+    async def ended(self) -> str | None:
+        """Why it does not run; None while it does. Raises `RuntimeUnreachable` when that is not known."""
+
+    async def stop(self, grace: float) -> None:
+        """SIGTERM, up to `grace` seconds, SIGKILL, gone for certain. Raises `RuntimeUnreachable`."""
+
+    def close(self) -> None:
+        """Let go; the enclave is left as it is."""
+
+
+def make_of(what: object) -> str:
+    """A short name for what something was made from: the same for the same, and only then."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def make_folder(folder: Path, uid: int) -> None:
+    """A folder that only `uid` (and root) may look into, for the enclave's socket. Raises OSError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(folder, uid, uid)
+    folder.chmod(0o700)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove it with all that is in it, as far as that is possible: it is on a tmpfs, and made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_words(output: bytes) -> str:
+    """The last line that a program wrote, shortened; of a line of JSON its `message`."""
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    if not lines:
+        return ""
+    try:
+        said = json.loads(lines[-1])
+    except ValueError:
+        return one_line(lines[-1])
+    return one_line(str(said["message"])) if isinstance(said, dict) and "message" in said else ""

@@ -1,0 +1,161 @@
+"""`gpu-server submit --sealed` against a played service, with the KMS emulator; its plain form is tested with
+the other commands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from gpu_server import cli
+from gpu_server.drivers.kms import AwsKeyService
+from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
+from tests.app.api_world import KEY
+from tests.client.sealed_world import ARN, CANARY, PCR0, POOL, SealedService, sealed_world
+from tests.client.test_sealed import STREAMS
+
+SIMULATED = ("--sealed", "--kms-key", ARN, "--allow-simulated")
+PROMPT = ("--prompt", f"hello {CANARY}")
+OTHER = "0b" * 48
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    for name in ("GPU_SERVER_URL", "GPU_SERVER_TENANT", "INTERNAL_API_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPU_SERVER_API_KEY", KEY)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@asynccontextmanager
+async def service(*, enabled: bool = True) -> AsyncIterator[tuple[SealedService, Any]]:
+    """A played service with the KMS emulator, and what runs a command against them."""
+    conditions = {"kms:RecipientAttestation:ImageSha384": PCR0, "kms:EncryptionContext:pool": POOL}
+    keys = {ARN: EmulatedKey(conditions=conditions, enabled=enabled)}
+    async with KmsEmulator(keys, allow_simulated=True) as kms, sealed_world() as (_, played):
+        played.key_service = key_service = AwsKeyService(kms.url)
+        address = ("--url", f"http://127.0.0.1:{played.port}", "--kms-endpoint", kms.url)
+
+        async def submit(*arguments: str) -> Result:
+            return await asyncio.to_thread(run, *arguments, *address)
+
+        try:
+            yield played, submit
+        finally:
+            key_service.close()
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["submit", *arguments])
+
+
+async def test_sealed() -> None:
+    """The assurance is told first, then the events; the session is ended; the service has seen no word."""
+    async with service() as (played, submit):
+        result = await submit(*SIMULATED, "--pool", POOL, "--pcr0", PCR0, *PROMPT)
+        assert result.exit_code == 0, result.output
+        first, second, *_, last = result.stdout.splitlines()
+        assert first == "sealed: simulated enclave, proves nothing"
+        assert second.startswith("connection")
+        assert f"hello{CANARY}" in result.stdout
+        assert last.startswith("task_finish")
+        assert "the service's word" not in result.stdout
+        assert played.ended == ["s_1"]
+        assert CANARY.encode() not in played.seen
+
+
+async def test_as_json() -> None:
+    """With --json stdout is events alone, each saying whether it came sealed; the assurance is on stderr."""
+    async with service() as (_, submit):
+        result = await submit(*SIMULATED, "--pool", POOL, "--json", '{"prompt": "x"}')
+        events = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [(event["event"], event["sealed"]) for event in events] == [
+            ("connection", False),
+            ("text_delta", True),
+            ("task_finish", True),
+        ]
+        assert "simulated enclave, proves nothing" in result.stderr
+
+
+async def test_a_session_for_more() -> None:
+    """--keep leaves the session and names it; --session takes it up, and leaves it too."""
+    async with service() as (played, submit):
+        kept = await submit(*SIMULATED, "m", "p", "--keep", '{"prompt": "one"}')
+        assert "session: s_1" in kept.stdout
+        again = await submit(*SIMULATED, "--session", "s_1", '{"prompt": "two"}')
+        assert (kept.exit_code, again.exit_code) == (0, 0)
+        assert "two" in again.stdout
+        assert played.ended == []
+
+
+async def test_another_program() -> None:
+    """An enclave with other measurements is not accepted, and nothing is sealed."""
+    async with service() as (played, submit):
+        for wrong in (("--pcr0", OTHER), ("--pcr0", PCR0, "--pcr2", OTHER)):
+            result = await submit(*SIMULATED, "--pool", POOL, *wrong, *PROMPT)
+            assert result.exit_code == 1
+            assert result.stderr.startswith("The enclave is not accepted (pcr)")
+        strict = await submit("--sealed", "--kms-key", ARN, "--pool", POOL, "--pcr0", PCR0, *PROMPT)
+        assert strict.stderr.startswith("The enclave is not accepted (root)")
+        assert played.tasks == {}
+        assert played.ended == ["s_1"] * 3
+
+
+async def test_an_answer_that_is_not_whole() -> None:
+    """An answer that was cut is an error, whatever the service says."""
+    async with service() as (played, submit):
+        played.stream = STREAMS["the end dropped"]
+        result = await submit(*SIMULATED, "--pool", POOL, "--prompt", "one two three")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Refused by this client")
+
+
+async def test_no_data_key() -> None:
+    """What KMS says when there is no data key is told."""
+    async with service(enabled=False) as (played, submit):
+        result = await submit(*SIMULATED, "--pool", POOL, *PROMPT)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("No data key: DisabledException")
+        assert played.ended == ["s_1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--sealed", "--pool", "x"), "--kms-key"),
+        (("--sealed", "--pool", "x", "--kms-key", "alias/x", "--allow-simulated"), "ARN"),
+        (("--sealed", "--pool", "x", "--kms-key", ARN), "--pcr0"),
+        (("--sealed", "--pool", "x", "--kms-key", ARN, "--pcr0", "12"), "96 hex digits"),
+        (("--sealed", "--pool", "x", "--kms-key", ARN, "--pcr0", "00" * 48), "debug"),
+        (SIMULATED, "--pool"),
+        ((*SIMULATED, "m"), "task_preset"),
+        ((*SIMULATED, "--session", "s_1", "m", "p"), "leave them out"),
+        ((*SIMULATED, "--session", "s_1", "--difficulty", "low"), "leave them out"),
+        ((*SIMULATED, "--pool", "x", "m", "p"), "leave them out"),
+        ((*SIMULATED, "--pool", "x", "--oneoff"), "--oneoff"),
+        ((*SIMULATED, "--pool", "x", "--detach"), "--detach"),
+        ((*SIMULATED, "--pool", "x", "--timeout", "3"), "--timeout"),
+        ((*SIMULATED, "--pool", "x", "--idempotency-key", "k"), "--idempotency-key"),
+        ((*SIMULATED, "--pool", "x", "{"), "not JSON"),
+        (("m", "p", "--pool", "x"), "--pool is for --sealed"),
+        (("m", "p", "--kms-key", ARN), "--kms-key is for --sealed"),
+        (("m", "p", "--allow-simulated"), "--allow-simulated is for --sealed"),
+        (("m", "p", "--keep"), "--keep is for --sealed"),
+        (("m",), "task_preset"),
+        ((), "model_id"),
+    ],
+)
+def test_options_that_do_not_fit(arguments: tuple[str, ...], words: str) -> None:
+    """Options that are missing or do not go together are told before anything is sent; the status is 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr

@@ -1,0 +1,135 @@
+"""The KMS key's policy, as it is filled from measurements."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "enclave_image/key_policy.py"
+NODE = "arn:aws:iam::123456789012:role/gpu-node"
+NAMES = {
+    "tenant": "acme",
+    "tenant-arn": "arn:aws:iam::210987654321:role/acme-client",
+    "node-role-arn": NODE,
+    "admin-arn": "arn:aws:iam::210987654321:root",
+}
+
+
+def measured(first: int = 1, **more: str) -> dict[str, Any]:
+    pcrs = {f"PCR{index}": f"{first + index:02x}" * 48 for index in (0, 1, 2)}
+    return {"Measurements": {"HashAlgorithm": "Sha384 { ... }", **pcrs, **more}}
+
+
+def fill(tmp_path: Path, *documents: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM)]
+    for number, document in enumerate(documents):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(document))
+        command += ["--measurements", str(path)]
+    for name, value in NAMES.items():
+        command += [f"--{name}", value]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
+def filled(tmp_path: Path, *documents: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The statements, by their names."""
+    done = fill(tmp_path, *documents)
+    assert done.returncode == 0, done.stderr
+    assert "@" not in done.stdout
+    return {statement["Sid"]: statement for statement in json.loads(done.stdout)["Statement"]}
+
+
+def test_decrypting_needs_every_register(tmp_path: Path) -> None:
+    """The node's role decrypts only for an enclave with all of PCR0, PCR1 and PCR2, and for its tenant."""
+    statement = filled(tmp_path, measured())["EnclaveOpensDataKeys"]
+    assert statement["Principal"] == {"AWS": NODE}
+    assert statement["Action"] == "kms:Decrypt"
+    assert statement["Condition"] == {
+        "StringEqualsIgnoreCase": {
+            f"kms:RecipientAttestation:PCR{index}": [f"{index + 1:02x}" * 48] for index in (0, 1, 2)
+        },
+        "StringEquals": {"kms:EncryptionContext:tenant": "acme"},
+    }
+
+
+def test_one_register_that_differs_is_enough_to_deny(tmp_path: Path) -> None:
+    """Conditions of one statement are ANDed, so each register has a Deny of its own."""
+    statements = filled(tmp_path, measured())
+    for index in (0, 1, 2):
+        statement = statements[f"NobodyElseDecryptsPCR{index}"]
+        assert statement["Effect"] == "Deny"
+        assert statement["Condition"] == {
+            "StringNotEqualsIgnoreCase": {f"kms:RecipientAttestation:PCR{index}": [f"{index + 1:02x}" * 48]}
+        }
+    assert "NobodyElseDecrypts" not in statements
+
+
+def test_ways_around_are_denied_by_name(tmp_path: Path) -> None:
+    """ReEncrypt and CreateGrant know no attestation; the node's role gets Decrypt and nothing else."""
+    statements = filled(tmp_path, measured())
+    assert statements["NoWayAroundTheAttestation"]["Action"] == ["kms:ReEncrypt*", "kms:CreateGrant"]
+    assert statements["NoWayAroundTheAttestation"]["Effect"] == "Deny"
+    assert statements["NodesDoNothingElse"]["NotAction"] == "kms:Decrypt"
+    assert statements["NodesDoNothingElse"]["Principal"] == {"AWS": NODE}
+
+
+def test_two_images_for_a_rollout(tmp_path: Path) -> None:
+    """The old and the new image are both accepted, each register of either."""
+    statements = filled(tmp_path, measured(1), measured(16))
+    key = "kms:RecipientAttestation:PCR0"
+    both = ["01" * 48, "10" * 48]
+    assert statements["EnclaveOpensDataKeys"]["Condition"]["StringEqualsIgnoreCase"][key] == both
+    assert statements["NobodyElseDecryptsPCR0"]["Condition"]["StringNotEqualsIgnoreCase"][key] == both
+
+
+def test_a_signed_image_pins_its_certificate(tmp_path: Path) -> None:
+    """PCR8, where there is one, is a condition like the others."""
+    statements = filled(tmp_path, measured(PCR8="EE" * 48))
+    conditions = statements["EnclaveOpensDataKeys"]["Condition"]["StringEqualsIgnoreCase"]
+    assert conditions["kms:RecipientAttestation:PCR8"] == ["ee" * 48]
+    assert "NobodyElseDecryptsPCR8" in statements
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        {"Measurements": {"PCR0": "00"}},
+        {"Measurements": {**measured()["Measurements"], "PCR0": "00" * 48}},
+        {"Measurements": {**measured()["Measurements"], "PCR1": "*" * 96}},
+        {"Measurements": {"PCR0": "11" * 48, "PCR1": "22" * 48}},
+    ],
+    ids=["nothing", "short", "debug", "a pattern", "one missing"],
+)
+def test_what_is_no_measurement(tmp_path: Path, document: dict[str, Any]) -> None:
+    """No policy is made that would let in a debug enclave, or any."""
+    done = fill(tmp_path, document)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "PCR" in done.stderr
+
+
+def test_signed_and_unsigned_images_do_not_mix(tmp_path: Path) -> None:
+    """A Deny on PCR8 would shut out the unsigned one without a word."""
+    for pair in ((measured(1), measured(2, PCR8="ee" * 48)), (measured(2, PCR8="ee" * 48), measured(1))):
+        assert "signed" in fill(tmp_path, *pair).stderr
+
+
+def test_nothing_but_the_placeholders_is_changed() -> None:
+    """The template is JSON, and is not changed by being filled."""
+    spec = importlib.util.spec_from_file_location("key_policy", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    template = json.loads(module.TEMPLATE.read_text())
+    before = json.dumps(template)
+    names = dict.fromkeys(("TENANT", "TENANT_ARN", "NODE_ROLE_ARN", "ADMIN_ARN"), "x")
+    module.policy(template, {"PCR0": ["1"]}, names)
+    assert json.dumps(template) == before
