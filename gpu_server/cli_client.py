@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -41,6 +42,9 @@ TenantName = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 DEFAULT_URL = "http://127.0.0.1:8001"
+MAX_MESSAGE = 2000
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal obeys; not tabs and line ends."""
 
 
 class EventPrinter:
@@ -60,18 +64,18 @@ class EventPrinter:
             sys.stdout.write(orjson.dumps(line).decode() + "\n")
             sys.stdout.flush()
             return
-        if event.event == "text_delta":
+        if event.event == "text_delta" and isinstance(delta := event.data.get("delta"), str):
             self._in_text = True
-            out.print(event.data["delta"], end="", markup=False)
+            out.print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", delta), end="", markup=False)
             return
         if self._in_text:
             self._in_text = False
             out.print()
         details = " ".join(
-            f"{name}={_short(value)}" for name, value in event.data.items() if value is not None
+            f"{_short(name)}={_short(value)}" for name, value in event.data.items() if value is not None
         )
         colour = {"error": "red", "task_finish": "green", "logs": "yellow"}.get(event.event, "cyan")
-        out.print(f"[{colour}]{event.event:<12}[/] ", end="")
+        out.print(f"{_short(event.event):<12} ", style=colour, markup=False, end="")
         out.print(details, markup=False)
         if self._sealed and event.event == "task_finish" and not event.sealed:
             out.print("[yellow]This end is the service's word: nothing sealed says it.[/]")
@@ -79,7 +83,12 @@ class EventPrinter:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    return text if len(text) <= 80 else text[:77] + "..."
+    return one_line(text if len(text) <= 80 else text[:77] + "...")
+
+
+def one_line(text: str) -> str:
+    """Somebody else's words, so that they can neither look like other lines nor move the terminal's cursor."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def print_json(answer: dict[str, Any]) -> None:
@@ -87,9 +96,9 @@ def print_json(answer: dict[str, Any]) -> None:
     out.print_json(orjson.dumps(answer).decode())
 
 
-async def show_all(events: AsyncIterator[TaskEvent], printer: EventPrinter) -> str:
-    """Print events to their end; the status in which the task ended, "" if there was none."""
-    status = ""
+async def show_all(events: AsyncIterator[TaskEvent], printer: EventPrinter) -> str | None:
+    """Print events to their end; the status in which the task ended, None if there was none."""
+    status = None
     async for event in events:
         printer.show(event)
         if event.event == "task_finish":
@@ -110,9 +119,9 @@ def follow(
     exit_with(converse(url, api_key, tenant, lambda client: show_all(source(client), printer)))
 
 
-def exit_with(status: str) -> None:
+def exit_with(status: str | None) -> None:
     """Exit with 1 unless a task with this status completed, or had nothing left to tell."""
-    if status not in ("completed", ""):
+    if status not in ("completed", None):
         raise typer.Exit(1)
 
 
@@ -147,5 +156,5 @@ def converse(url: str, api_key: str | None, tenant: str | None, work: Callable[[
             style="yellow",
         )
         raise typer.Exit(1) from None
-    err.print(message, style="red", markup=False)
+    err.print(one_line(message[:MAX_MESSAGE]), style="red", markup=False)
     raise typer.Exit(1)

@@ -182,7 +182,7 @@ def submit(
             "a pool has its model and preset, a session its difficulty too: leave them out"
         )
 
-    async def seal(client: Client) -> str:
+    async def seal(client: Client) -> str | None:
         async with await open_sealed(client, **options) as opened:
             _tell(opened, to_stderr=as_json, keep=keep)
             printer = EventPrinter(as_json=as_json, sealed=True)

@@ -263,7 +263,7 @@ def enclave_of(
         )
         link = EnclaveLink((settings.enclave_cid, settings.enclave_port))
         return EnclaveSupervisor(host, link, mode="nitro", clock=BootClock())
-    folder = run_dir / f"{instance[:8]}.enclave"
+    folder = _folder(run_dir, instance)
     if runtime_name == "docker":
         uid = ENCLAVE_UID if os.geteuid() == 0 else os.geteuid()
 
@@ -275,6 +275,22 @@ def enclave_of(
     else:
         host = program_process(instance, folder)
     return EnclaveSupervisor(host, EnclaveLink(folder / SOCKET_NAME), mode="simulated", clock=BootClock())
+
+
+async def remove_leftover(runtime_name: str, instance: str, run_dir: Path, docker_host: str | None) -> None:
+    """For a service that has no enclave: end the one that an earlier life, killed or of other settings, left.
+    Raises nothing; what cannot be removed now is left to the next start."""
+    host: EnclaveHost = program_process(instance, _folder(run_dir, instance))
+    if runtime_name == "docker":
+        host = ContainerEnclave(
+            instance, "", lambda _: {}, docker_host=docker_host, folder=_folder(run_dir, instance)
+        )
+    try:
+        await host.stop(STOP_GRACE_SECONDS)
+    except RuntimeUnreachable as error:
+        log.warning("enclave.not_stopped", reason=str(error))
+    finally:
+        host.close()
 
 
 def program_process(instance: str, folder: Path) -> ProcessEnclave:
@@ -295,6 +311,11 @@ def program_process(instance: str, folder: Path) -> ProcessEnclave:
         },
         make=make_of([hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]),
     )
+
+
+def _folder(run_dir: Path, instance: str) -> Path:
+    """Where the enclave's socket is: beside the run folders of sessions, which are washed."""
+    return run_dir / f"{instance[:8]}.enclave"
 
 
 def _runner(settings: Settings) -> dict[str, Any]:

@@ -62,6 +62,14 @@ Size = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 EnvText = Annotated[str, BeforeValidator(_env_text)]
 
 
+def _off_text(value: object) -> object:
+    """YAML reads `off` as a boolean."""
+    return "off" if value is False else value
+
+
+SealedText = Annotated[Literal["required", "allowed", "off"], BeforeValidator(_off_text)]
+
+
 class Preset(BaseModel):
     """One entry of the presets file. Sizes are bytes, or text such as `512m` and `8g`."""
 
@@ -92,7 +100,7 @@ class Preset(BaseModel):
     """Whether the OpenAI routes serve the model with this preset: its worker generates text."""
     task_difficulty: Literal["low", "high"] | None = None
     """The tier of the sessions that the OpenAI routes start; those requests cannot name one."""
-    sealed: Literal["required", "allowed", "off"] | None = None
+    sealed: SealedText | None = None
     """Whether its sessions may be sealed, or must be; by default they may where the contract is http."""
 
     @model_validator(mode="after")

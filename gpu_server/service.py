@@ -28,7 +28,7 @@ from gpu_server.drivers.models import store_of
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.drivers.spool import Spool
-from gpu_server.enclave import EnclaveSupervisor, enclave_of
+from gpu_server.enclave import EnclaveSupervisor, enclave_of, remove_leftover
 from gpu_server.engine import Engine
 from gpu_server.inputs import Inputs
 from gpu_server.launch import Launcher
@@ -139,8 +139,7 @@ async def open_service(
             wash_give_up=settings.wash_give_up_seconds,
             on_broken=on_broken,
         )
-        docker_host = os.environ.get("DOCKER_HOST") or None
-        enclave = enclave_of(settings, runtime.name, instance, settings.run_dir, docker_host)
+        enclave = enclave_of(settings, runtime.name, instance, settings.run_dir, _docker_host())
         keys = AwsKeyService(settings.kms_endpoint_url) if enclave is not None else None
         service = Service(
             settings=settings,
@@ -156,7 +155,7 @@ async def open_service(
             warnings=(*runtime.warnings, *_warnings(settings)),
         )
         async with models.open(), engine.running():
-            _start_work(engine, inventory, settings, enclave)
+            _start_work(engine, inventory, settings, enclave, runtime=runtime.name, instance=instance)
             engine.report(ev.NodeStarted(slots=slots, rebooted=rebooted))
             for warning in service.warnings:
                 log.warning("service.warning", warning=warning)
@@ -187,7 +186,13 @@ def new_id(kind: str) -> str:
 
 
 def _start_work(
-    engine: Engine, inventory: SlotInventory, settings: Settings, enclave: EnclaveSupervisor | None
+    engine: Engine,
+    inventory: SlotInventory,
+    settings: Settings,
+    enclave: EnclaveSupervisor | None,
+    *,
+    runtime: str,
+    instance: str,
 ) -> None:
     reaper = Reaper(engine, inventory, reading_interval=settings.gpu_metrics_refresh_interval)
     engine.spawn("reaper: ticks", reaper.ticks())
@@ -195,13 +200,19 @@ def _start_work(
     engine.spawn("reaper: runtime", reaper.watch_runtime())
     if enclave is not None:
         engine.spawn("enclave", enclave.run())
+    else:  # an earlier life may have had one
+        engine.spawn("enclave: leftover", remove_leftover(runtime, instance, settings.run_dir, _docker_host()))
+
+
+def _docker_host() -> str | None:
+    return os.environ.get("DOCKER_HOST") or None
 
 
 async def _choose_runtime(settings: Settings, instance: str) -> ContainerRuntime:
     """Docker, or processes where there is certainly neither an engine nor a GPU. Fails closed."""
     if settings.runtime == "process" or (settings.runtime == "auto" and not _docker_belongs_here()):
         return ProcessRuntime(instance, _session_folders(settings, instance), _working_dir(settings))
-    runtime = DockerRuntime(instance, docker_host=os.environ.get("DOCKER_HOST") or None)
+    runtime = DockerRuntime(instance, docker_host=_docker_host())
     try:
         await runtime.ping()
     except RuntimeUnreachable as error:

@@ -117,7 +117,8 @@ def build(client: docker.DockerClient, image: Image) -> None:
 
 def stage(image: Image, context: Path) -> None:
     """Puts into `context` all that the image's Dockerfile may copy."""
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*", "wheels", "sdk")
+    made_here = ("wheels", "sdk", "*.eif", "measurements.json", "kms-key-policy.json")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*", *made_here)
     shutil.copytree(image.folder, context, dirs_exist_ok=True, ignore=unwanted)
     requirements = image.folder / image.requirements
     if not requirements.is_file():

@@ -14,7 +14,7 @@ import pytest
 from gpu_server.api.problems import STATUS
 from gpu_server.core.errors import FailureCode, RefusalCode
 from gpu_server.core.sessions import FAILED_REASONS, CloseReason
-from gpu_server.frames import WORKER_EVENTS
+from gpu_server.frames import SEALED_EVENTS, WORKER_EVENTS
 from gpu_server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ def test_events_are_documented() -> None:
     section = (ROOT / "README.md").read_text().split("| event | data |")[1].split("\n\n")[0]
     cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
     documented = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
-    published: set[str] = set(WORKER_EVENTS)
+    published: set[str] = {*WORKER_EVENTS, *SEALED_EVENTS}
     for path in (PACKAGE / "core/notices.py", PACKAGE / "stream.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

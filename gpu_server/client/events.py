@@ -39,16 +39,21 @@ class EventParser:
     """Cuts bytes, in whatever pieces they come, into events. Comments are left out."""
 
     def __init__(self, *, sealed: bool = False) -> None:
-        self._sealed, self._rest = sealed, b""
+        self._sealed, self._rest = sealed, bytearray()
 
     @property
     def in_frame(self) -> bool:
         """Whether the bytes so far end within a frame."""
-        return self._rest != b""
+        return bool(self._rest)
 
     def feed(self, data: bytes) -> list[TaskEvent]:
         """The events that end in `data`. Raises `Unreadable`."""
-        *frames, self._rest = (self._rest + data).split(b"\n\n")
+        looked_at = max(len(self._rest) - 1, 0)  # not again: a long frame may come in very small pieces
+        self._rest += data
+        frames: list[bytes] = []
+        if self._rest.find(b"\n\n", looked_at) >= 0:
+            *frames, rest = bytes(self._rest).split(b"\n\n")
+            self._rest = bytearray(rest)
         if len(self._rest) > MAX_FRAME_BYTES:
             raise Unreadable("an event is too long")
         return [event for frame in frames if (event := self._event(frame)) is not None]

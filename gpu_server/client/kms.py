@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -71,7 +72,7 @@ class AwsDataKeys:
         except ClientError as error:
             said = error.response.get("Error", {})
             raise DataKeyFailed(said.get("Code", "unknown"), said.get("Message", "no message")) from None
-        except BotoCoreError as error:  # no credentials, no such host, no answer
+        except (BotoCoreError, ValueError) as error:  # no credentials, no answer; an endpoint that is none
             raise DataKeyFailed("unreachable", str(error)) from None
         if made.get("KeyId") != kms_key_arn:
             raise DataKeyFailed("unexpected", "KMS answered for another key")
@@ -82,5 +83,7 @@ def _connect(region: str, endpoint_url: str | None) -> KMSClient:
     import boto3
     from botocore.config import Config
 
+    # It logs every answer in full, and this one's is the data key in clear.
+    logging.getLogger("botocore.parsers").setLevel(logging.INFO)
     config = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3})
     return boto3.session.Session().client("kms", region_name=region, endpoint_url=endpoint_url, config=config)

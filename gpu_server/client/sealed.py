@@ -105,8 +105,9 @@ async def open_sealed(
         expect=expect,
         allow_simulated=allow_simulated,
         keys=keys or AwsDataKeys(),
+        seconds=open_seconds,
     )
-    async with asyncio.timeout(open_seconds):
+    async with asyncio.timeout(asked.seconds):
         if session_id is not None:
             found = await client.call_once("GET", f"/api/sessions/{_in_a_path(session_id)}")
             return await _open(client, asked, found, session_id, ends=False)
@@ -147,6 +148,11 @@ class SealedSession:
     def attestation(self) -> Attestation:
         """The enclave's document, as this client verified it."""
         return self._opened.attestation
+
+    @property
+    def document(self) -> bytes:
+        """That document itself, to be kept: `gpu-server attestation verify --at-document-time` reads it."""
+        return self._opened.document
 
     @property
     def assurance(self) -> Assurance:
@@ -193,7 +199,8 @@ class SealedSession:
     async def reopen(self) -> None:
         """Open the session anew, with a new challenge and a new data key: for a service that has forgotten it
         was opened (`session_not_open`). What was sealed before stays readable. Raises as `open_sealed`."""
-        self._opened = await _challenge(self._client, self._asked, self._terms)
+        async with asyncio.timeout(self._asked.seconds):
+            self._opened = await _challenge(self._client, self._asked, self._terms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +213,8 @@ class _Asked:
     expect: Expected
     allow_simulated: bool
     keys: DataKeys
+    seconds: float
+    """How long an opening may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +231,7 @@ class _Terms:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
     binding: Binding
+    document: bytes = field(repr=False)
     attestation: Attestation
     psk: bytes = field(repr=False)
 
@@ -255,9 +265,11 @@ async def _with_worker_key(client: Client, found: Mapping[str, Any], session_id:
     while found.get("worker_key") is None:
         if found.get("sealed") is not True:
             raise OpenRefused("the session is not sealed")
-        if found.get("state") in ENDED:
-            error = found.get("error") or {"code": found.get("close_reason"), "message": found.get("state")}
-            raise SessionEnded(session_id, str(error.get("code")), str(error.get("message")))
+        if (state := _text(found, "state")) in ENDED:
+            match found.get("error"):
+                case {"code": str(code), "message": str(message)}:
+                    raise SessionEnded(session_id, code, message)
+            raise SessionEnded(session_id, str(found.get("close_reason")), state)
         await client.clock.sleep_until(client.clock.now() + LOOK_SECONDS)
         try:
             found = await client.call_once("GET", f"/api/sessions/{session_id}")
@@ -278,8 +290,9 @@ async def _challenge(client: Client, asked: _Asked, terms: _Terms) -> _Opened:
         terms.session_id,
         {"nonce": b64encode(nonce).decode(), "wrapped_key": b64encode(data_key.wrapped).decode()},
     )
+    document = _bytes(answer, "document")
     verified = attestation.verify(
-        _bytes(answer, "document"),
+        document,
         nonce=nonce,
         pcrs=asked.expect.pcrs,
         allow_simulated=asked.allow_simulated,
@@ -299,7 +312,8 @@ async def _challenge(client: Client, asked: _Asked, terms: _Terms) -> _Opened:
         worker_key=terms.worker_key,
         wrapped_key=data_key.wrapped,
     )
-    return _Opened(binding=binding, attestation=verified, psk=binding.psk(data_key.plaintext))
+    psk = binding.psk(data_key.plaintext)
+    return _Opened(binding=binding, document=document, attestation=verified, psk=psk)
 
 
 async def _ask_to_open(client: Client, session_id: str, body: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from gpu_server.sealed.response import ResponseOpener
 HINTS: Final = frozenset({"connection", "queue", "progress", "worker", "error"})
 """What the service itself may tell of a sealed task."""
 
+ENDED_BADLY: Final = frozenset({"failed", "timeout", "cancelled"})
+"""How the service itself may say that a task ended."""
+
 
 class SealedStreamBroken(StreamBroken):
     """The answer is not whole, or not the worker's: something in it was cut, changed, doubled or added."""
@@ -58,7 +61,8 @@ class SealedStream:
         return self._end
 
     def _finish(self, event: TaskEvent) -> list[TaskEvent]:
-        if not self.complete and event.data.get("status") != "completed":
+        status = event.data.get("status")
+        if not self.complete and isinstance(status, str) and status in ENDED_BADLY:
             return [event]  # as far as the service says: the worker died, for one
         return self.close()
 

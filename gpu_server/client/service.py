@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Self
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, Final, Self
 from uuid import uuid4
 
 import aiohttp
@@ -24,6 +24,10 @@ from gpu_server.ports import Clock
 FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 5.0
 MAX_RETRY_AFTER_SECONDS = 30.0
+SILENCE_SECONDS: Final = 120.0
+"""Eight times as long as the service, as it is set by default, says nothing in a stream (SSE_PING_SECONDS)."""
+MAX_ANSWER_BYTES: Final = 32 << 20
+"""Of an answer that is no stream."""
 AWAY = frozenset({502, 503, 504})
 """The service says so itself, or a proxy in front of it."""
 _BROKEN = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
@@ -43,8 +47,9 @@ class Client:
     """Talks to one service as one tenant. Use as an async context manager.
 
     A service that goes away is waited for, `reconnect_seconds` after its last sign of life. One that this
-    client has never reached is not: its address is probably wrong. Raises `aiohttp.InvalidURL` when `url` is
-    none.
+    client has never reached is not: its address is probably wrong. A connection on which nothing came for
+    `silence_seconds` is given up and made anew, where asking again does no harm. Redirections are refusals,
+    and no cookies are kept. Raises `aiohttp.InvalidURL` when `url` is none.
     """
 
     def __init__(
@@ -54,12 +59,20 @@ class Client:
         *,
         tenant: str | None = None,
         reconnect_seconds: float = 60.0,
+        silence_seconds: float = SILENCE_SECONDS,
         clock: Clock | None = None,
     ) -> None:
         headers = {"X-API-Key": api_key} | ({"X-Tenant-ID": tenant} if tenant else {})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        self._impatient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence_seconds)
         try:
-            self._http = aiohttp.ClientSession(url, headers=headers, timeout=timeout, read_bufsize=1 << 18)
+            self._http = aiohttp.ClientSession(
+                url,
+                headers=headers,
+                timeout=timeout,
+                read_bufsize=1 << 18,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
         except ValueError as error:
             raise aiohttp.InvalidURL(url, str(error)) from error
         self.tenant, self.clock = tenant, clock or BootClock()
@@ -75,7 +88,7 @@ class Client:
         """One request, its JSON answer. Not repeated. Raises `Refused`."""
         data = orjson.dumps(body) if body is not None else None
         headers = {"Content-Type": "application/json"} if data is not None else {}
-        async with self._ask(method, path, data=data, headers=headers) as answer:
+        async with await self._ask(method, path, data=data, headers=headers) as answer:
             return await _json(answer)
 
     async def call_once(
@@ -122,7 +135,7 @@ class Client:
         patience = self.patience()
         while True:
             try:
-                async with self._ask(method, path, **request) as answer:
+                async with await self._ask(method, path, timeout=self._impatient, **request) as answer:
                     return await _json(answer)
             except (Refused, *_BROKEN) as error:
                 await self._wait_out(error, patience, asked_before=patience.tries > 0)
@@ -139,7 +152,7 @@ class Client:
         while True:
             problem: Exception = aiohttp.ServerDisconnectedError("the stream ended before its task did")
             try:
-                async with self._open(task_id, last, submission) as answer:
+                async with await self._open(task_id, last, submission) as answer:
                     if answer.status == 204:
                         return
                     if answer.status != 200:
@@ -147,13 +160,14 @@ class Client:
                         raise Unreadable(f"the service answered {answer.status} instead of a stream")
                     task_id = task_id or _task_of(answer)
                     try:
-                        async for event in read_events(answer.content):
-                            task_id = task_id or _id(event.data.get("task_id"))
-                            last = last if event.id is None else event.id
-                            patience.tries = 0
-                            yield event
-                            if event.event == "task_finish":
-                                return
+                        async with aclosing(read_events(answer.content)) as events:
+                            async for event in events:
+                                task_id = task_id or _id(event.data.get("task_id"))
+                                last = last if event.id is None else event.id
+                                patience.tries = 0
+                                yield event
+                                if event.event == "task_finish":
+                                    return
                     finally:
                         patience.renew()
             except (Refused, *_BROKEN) as error:
@@ -162,17 +176,23 @@ class Client:
                 return
             await self._wait_out(problem, patience, asked_before=bool(task_id) or patience.tries > 0)
 
-    def _open(self, task_id: str, last: int, submission: tuple[str, Mapping[str, Any]]) -> Any:
+    async def _open(
+        self, task_id: str, last: int, submission: tuple[str, Mapping[str, Any]]
+    ) -> aiohttp.ClientResponse:
         if not task_id:
             path, request = submission
-            return self._ask("POST", path, **request)
-        return self._ask("GET", f"/api/tasks/{task_id}/events", headers={"Last-Event-ID": str(last)})
+            return await self._ask("POST", path, timeout=self._impatient, **request)
+        headers = {"Last-Event-ID": str(last)}
+        return await self._ask(
+            "GET", f"/api/tasks/{task_id}/events", timeout=self._impatient, headers=headers
+        )
 
-    @asynccontextmanager
-    async def _ask(self, method: str, path: str, **request: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with self._http.request(method, path, **request) as answer:
-            self._reached = True
-            yield answer
+    async def _ask(self, method: str, path: str, **request: Any) -> aiohttp.ClientResponse:
+        """One request, its answer to be used as a context manager. This is none itself, by `contextlib`: a
+        loop that ends closes all generators, in any order, and would close that one under its user."""
+        answer = await self._http.request(method, path, allow_redirects=False, **request)
+        self._reached = True
+        return answer
 
     async def _wait_out(self, problem: Exception, patience: Patience, *, asked_before: bool) -> None:
         """Return when it is time to ask again. Raises `problem` when it will not pass."""
@@ -219,13 +239,20 @@ def _submission(body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
 
 
 async def _json(answer: aiohttp.ClientResponse) -> dict[str, Any]:
-    raw = await answer.read()
+    raw = bytearray()
+    async for piece in answer.content.iter_any():
+        raw += piece
+        if len(raw) > MAX_ANSWER_BYTES:
+            raise Unreadable("an answer is too long")
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError:
-        data = {"detail": raw[:500].decode(errors="replace")}
-    if answer.status >= 400:
-        data = data if isinstance(data, dict) else {}
+        data = None
+    if answer.status >= 300:
+        if not isinstance(data, dict):
+            elsewhere = answer.headers.get("Location")
+            said = f"it is said to be at {elsewhere}" if elsewhere else raw.decode(errors="replace")
+            data = {"detail": said[:500]}
         seconds = answer.headers.get("Retry-After", "")
         retry_after = float(seconds) if re.fullmatch(r"[0-9]{1,9}", seconds) else 0
         raise Refused(answer.status, data, retry_after=retry_after)

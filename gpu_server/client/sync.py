@@ -93,6 +93,11 @@ class SyncSealedSession:
         return self._session.attestation
 
     @property
+    def document(self) -> bytes:
+        """As `SealedSession.document`."""
+        return self._session.document
+
+    @property
     def assurance(self) -> Assurance:
         """What this client has verified itself, never what an answer claims."""
         return self._session.assurance

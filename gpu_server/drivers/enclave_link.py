@@ -60,8 +60,8 @@ class EnclaveStatus:
 class EnclaveLink:
     """Requests to one enclave, over at most `connections` at once; more wait for one.
 
-    Each but INIT ends within `timeout` seconds, and raises `EnclaveDown` (no answer, or none that makes sense) or
-    `EnclaveRefused` (it said no).
+    Each but INIT ends within `timeout` seconds, and raises `EnclaveDown` (no answer, or none that makes
+    sense) or `EnclaveRefused` (it said no).
     """
 
     def __init__(self, address: Address, *, timeout: float = 5.0, connections: int = 4) -> None:
@@ -121,9 +121,9 @@ class EnclaveLink:
         try:
             async with asyncio.timeout(limit), self._places:
                 reply = await self._exchange(frame)
-        except TimeoutError as error:
-            raise EnclaveDown(f"the enclave does not answer within {limit:g} s") from error
-        except OSError as error:
+        except OSError as error:  # of which a TimeoutError is one: ours, or the kernel's with its number
+            if isinstance(error, TimeoutError) and error.errno is None:
+                raise EnclaveDown(f"the enclave does not answer within {limit:g} s") from error
             raise EnclaveDown(f"the enclave cannot be reached: {error.strerror or error}") from error
         except SealedError as error:
             raise _nonsense() from error

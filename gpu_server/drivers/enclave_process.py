@@ -64,9 +64,9 @@ class ProcessEnclave:
         record = self._record()
         if record is None:
             return "its process has gone"
-        code = self._reap(record)
-        if code is None and self._runs(record):
+        if self._runs(record):
             return None
+        code = self._reap(record)
         try:
             words = last_words(self._log.read_bytes()[-_WORDS_BYTES:])
         except OSError:
@@ -141,7 +141,7 @@ class ProcessEnclave:
 
     def _reap(self, record: ProcessRecord) -> int | None:
         """The exit code of a process that has ended, where it was our child and this is the first to ask."""
-        if record.pid is None or record.boot_id != self._boot_id or self._runs(record):
+        if record.pid is None or record.boot_id != self._boot_id:
             return None
         try:
             pid, status = os.waitpid(record.pid, os.WNOHANG)

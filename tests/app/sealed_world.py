@@ -1,5 +1,5 @@
-"""The HTTP interface with an enclave, a key service and workers that open what is sealed to them: all of it in
-process, and all of it computed for real."""
+"""The HTTP interface with an enclave, a key service and workers that open what is sealed to them: all of it
+in process, and all of it computed for real."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def echo(metadata: dict[str, Any]) -> list[bytes]:
 
 @dataclass
 class SealedWorkers:
-    """Every worker of a world: each has a key, shows it, and opens what is sealed to it. `ran` tells what ran.
+    """Every worker of a world: each has a key, shows it, and opens what is sealed to it. `ran` tells what
+    ran.
 
-    `say` may change the sealed stream, which is the salt and the chunks; `before[n]` happens before its item n;
-    `closing` is the plain end.
+    `say` may change the sealed stream, which is the salt and the chunks; `before[n]` happens before its item
+    n; `closing` is the plain end.
     """
 
     keys: dict[str, WorkerKey] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class SealedWorkers:
     say: Callable[[list[bytes]], list[bytes]] = lambda said: said
     before: dict[int, Callable[[Call], Awaitable[None]]] = field(default_factory=dict)
     closing: dict[str, Any] = field(default_factory=lambda: {"status": "completed"})
-    _kept: dict[str, tuple[bytes, list[bytes]]] = field(default_factory=dict)
+    _kept: dict[tuple[str, str], tuple[bytes, list[bytes]]] = field(default_factory=dict)
 
     def prepare(self, worker: PlayedWorker) -> None:
         """A worker starts: it has a key before all else."""
@@ -94,14 +95,15 @@ class SealedWorkers:
         binding = given.binding(worker.session_id, key.public)
         psk = open_grant(binding, given.grant, key)
         head, at = read_head(given.body)
-        if given.request_id not in self._kept:
+        name = (worker.session_id, given.request_id)
+        if name not in self._kept:
             opener = RequestOpener(binding, psk, given.request_id, key, head)
             metadata = orjson.loads(opener.open(given.body[at:]))
             self.ran.append((given.request_id, metadata))
             sealer = opener.answer()
             said = self.say([sealer.salt, *_sealed(sealer, metadata)])
-            self._kept[given.request_id] = (head.enc, said)
-        known_enc, said = self._kept[given.request_id]
+            self._kept[name] = (head.enc, said)
+        known_enc, said = self._kept[name]
         return head.enc, said, known_enc
 
 

@@ -40,6 +40,7 @@ async def test_ok(tmp_path: Path) -> None:
                 "ready": True,
                 "runtime": "process",
                 "enclave_healthy": None,
+                "enclave": None,
                 "gpu_healthy": True,
                 "models_loaded": 0,
                 "runtime_reachable": True,

@@ -68,12 +68,15 @@ async def test_the_description(tmp_path: Path) -> None:
             ("get", "/api/sessions/{session_id}"),
             ("delete", "/api/sessions/{session_id}"),
             ("post", "/api/sessions/{session_id}/keepalive"),
+            ("post", "/api/sessions/{session_id}/open"),
+            ("post", "/inference"),
             ("post", "/v1/chat/completions"),
             ("post", "/v1/completions"),
             ("get", "/v1/models"),
             ("get", "/v1/models/{model_id}"),
             ("post", "/api/slots/{slot_id}/wash"),
             ("get", "/health"),
+            ("get", "/metrics"),
         }
         schemes = document["components"]["securitySchemes"]
         assert [(scheme["type"], scheme["in"], scheme["name"]) for scheme in schemes.values()] == [

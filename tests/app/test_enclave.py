@@ -13,7 +13,14 @@ import pytest
 from gpu_server.drivers.enclave_container import ContainerEnclave
 from gpu_server.drivers.enclave_link import EnclaveLink
 from gpu_server.drivers.enclave_process import ProcessEnclave
-from gpu_server.enclave import BOOT_SECONDS, CHECK_SECONDS, EnclaveSupervisor, enclave_of
+from gpu_server.enclave import (
+    BOOT_SECONDS,
+    CHECK_SECONDS,
+    EnclaveSupervisor,
+    enclave_of,
+    program_process,
+    remove_leftover,
+)
 from gpu_server.ports import Clock, EnclaveDown, EnclaveRefused
 from gpu_server.sealed.attestation import verify
 from gpu_server.settings import Settings
@@ -366,3 +373,14 @@ async def test_a_long_run_dir(tmp_path: Path) -> None:
             with contextlib.suppress(Exception):
                 await found.stop()
     assert list(folder.iterdir()) == []
+
+
+async def test_what_an_earlier_life_left(tmp_path: Path) -> None:
+    """A service without an enclave ends the one that was there; where there is none, nothing happens."""
+    await remove_leftover("process", "i" * 16, tmp_path, None)
+    left = program_process("i" * 16, tmp_path / "iiiiiiii.enclave")
+    await left.start()
+    assert await left.ended() is None
+    await remove_leftover("process", "i" * 16, tmp_path, None)
+    assert await left.ended() == "its process has gone"
+    await remove_leftover("docker", "i" * 16, tmp_path, f"unix://{tmp_path}/no-engine.sock")

@@ -395,3 +395,88 @@ def test_an_end_may_say_only_so_much() -> None:
     with pytest.raises(ProtocolFault, match="longer than"):
         reader.feed(frame(1, "end", {"status": "completed", "usage": {"x": "y" * 20_000}}))
     assert reader.end is None
+
+
+# -- sealed sessions --------------------------------------------------------------------------------------
+
+CHUNK = "AQID"
+
+
+def sealed_reader(*chunks: bytes) -> tuple[FrameReader, Sink]:
+    """What a reader of a sealed session makes of these bytes."""
+    sink = Sink()
+    reader = FrameReader(sink, sealed=True)
+    for chunk in chunks:
+        reader.feed(chunk)
+    return reader, sink
+
+
+def test_sealed_events() -> None:
+    """A sealed session's worker says base64, and how the task ended."""
+    raw = frame(1, "sealed", data=CHUNK) + frame(2, "sealed", data="AQ==") + end(3)
+    reader, sink = sealed_reader(raw)
+    assert [(number, name) for number, name, _ in sink.events] == [(1, "sealed"), (2, "sealed")]
+    assert reader.end == (TaskState.COMPLETED, None, None)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        frame(1, "text_delta", delta="a word"),
+        frame(1, "text", text="a word"),
+        frame(1, "logs", stream="stdout", line="a word"),
+        frame(1, "artifact", name="a word", media_type="", data=""),
+        frame(1, "error", code="a_word", message="a word"),
+        frame(None, "progress", stage="a word", done=1, total=None),
+        frame(None, "sealed", data=CHUNK),
+        frame(1, "sealed", data=""),
+        frame(1, "sealed", data="a word"),
+        frame(1, "sealed", data="AQI"),
+        frame(1, "sealed", data="AQID\n"),
+        frame(1, "sealed", data="AQID="),
+        frame(1, "sealed", data="A==="),
+        frame(1, "sealed", data=CHUNK, more="a word"),
+        frame(1, "sealed", data=[CHUNK]),
+        frame(1, "sealed"),
+        frame(1, "sealed", data="A" * (1 << 20)),
+    ],
+)
+def test_a_sealed_session_is_not_spoken_to_in_the_clear(raw: bytes) -> None:
+    """Anything but base64 of a bounded length is a fault, and not a byte of it is passed on."""
+    sink = Sink()
+    with pytest.raises(ProtocolFault):
+        FrameReader(sink, sealed=True).feed(raw)
+    assert sink.events == []
+
+
+def test_a_plain_session_has_nothing_sealed() -> None:
+    """Who reads a plain session's events is not made to take any of them for sealed."""
+    with pytest.raises(ProtocolFault, match="may not emit"):
+        read(frame(1, "sealed", data=CHUNK))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"status": "completed", "usage": {"a word": 1}}, (TaskState.COMPLETED, None)),
+        ({"status": "completed", "error": {"code": "a_word", "message": ""}}, (TaskState.COMPLETED, None)),
+        ({"status": "failed"}, (TaskState.FAILED, "task_failed")),
+        ({"status": "failed", "error": {"code": "a_word", "message": "a word"}}, (TaskState.FAILED, "task_failed")),
+        (
+            {"status": "failed", "error": {"code": "request_refused", "message": "a word"}},
+            (TaskState.FAILED, "request_refused"),
+        ),
+        (
+            {"status": "cancelled", "error": {"code": "a_word", "message": "a word"}},
+            (TaskState.CANCELLED, "task_cancelled"),
+        ),
+    ],
+)
+def test_the_plain_end_of_a_sealed_task(data: dict[str, Any], expected: tuple[TaskState, str | None]) -> None:
+    """Of it a status and one of two codes are taken: words and figures could be the tenant's."""
+    reader, _ = sealed_reader(frame(1, "end", **data))
+    assert reader.end is not None
+    state, failure, usage = reader.end
+    assert (state, failure and failure.code, usage) == (*expected, None)
+    assert "word" not in repr(reader.end)
+    assert failure is None or not failure.from_worker

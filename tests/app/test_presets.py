@@ -9,6 +9,7 @@ import pytest
 
 from gpu_server import presets
 from gpu_server.core.errors import Refusal, RefusalCode
+from gpu_server.core.sessions import SealedUse
 from gpu_server.core.slots import Tier
 from gpu_server.ports import Contract
 from gpu_server.presets import Preset, Presets, PresetsError
@@ -73,6 +74,7 @@ def test_defaults(tmp_path: Path) -> None:
         "shm_size": 64 << 20,
         "openai": False,
         "task_difficulty": None,
+        "sealed": None,
     }
 
 
@@ -101,6 +103,47 @@ def test_the_difficulty(tmp_path: Path) -> None:
     assert one(tmp_path, "task_difficulty: high").tier is Tier.HIGH
     (problem,) = problems(tmp_path, "models: {m: {p: {docker_image: image, task_difficulty: medium}}}")
     assert "task_difficulty" in problem
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", SealedUse.ALLOWED),
+        ("sealed: required", SealedUse.REQUIRED),
+        ("sealed: off", SealedUse.OFF),  # which is a boolean in YAML
+        ("sealed: 'off'", SealedUse.OFF),
+        ("contract: exec", SealedUse.OFF),
+    ],
+)
+def test_sealed(tmp_path: Path, line: str, expected: SealedUse) -> None:
+    """A preset says whether its sessions may, or must, be sealed; by default http ones may."""
+    assert one(tmp_path, line).workload("m", "p").sealed is expected
+
+
+@pytest.mark.parametrize("line", ["sealed: on", "sealed: never", "sealed: required\n      contract: exec"])
+def test_sealed_mistakes(tmp_path: Path, line: str) -> None:
+    """Any other word is a mistake, and so is a sealed program, which has no session."""
+    (problem,) = problems(tmp_path, f"models:\n  m:\n    p:\n      docker_image: image\n      {line}\n")
+    assert "sealed" in problem
+
+
+def test_pools(tmp_path: Path) -> None:
+    """A pool is a name for a preset, and a preset may have several or none."""
+    text = """
+    pools:
+      a/1: {model_id: m, task_preset: p}
+      b: {model_id: m, task_preset: p}
+    models:
+      m:
+        p: {docker_image: image}
+        q: {docker_image: image}
+    """
+    loaded = load(tmp_path, text, "image")
+    assert loaded.pool("a/1") == ("m", "p")
+    assert (loaded.pools_of("m", "p"), loaded.pools_of("m", "q")) == (["a/1", "b"], [])
+    with pytest.raises(Refusal) as refused:
+        loaded.pool("c")
+    assert refused.value.code is RefusalCode.POOL_NOT_FOUND
 
 
 def test_every_field_is_in_the_readme() -> None:
@@ -248,6 +291,30 @@ MISTAKES = {
             "7: models.m.p.env_vars.BAD-NAME: String should match pattern",
             "8: models.m.p.env_vars.LIST: Input should be a valid string",
         ],
+    ),
+    "pools": (
+        """\
+        models:
+          m:
+            p: {docker_image: image}
+            e: {docker_image: image, contract: exec}
+        pools:
+          there: {model_id: m, task_preset: p}
+          nowhere: {model_id: m, task_preset: x}
+          program: {model_id: m, task_preset: e}
+        """,
+        [
+            "7: pools.nowhere: there is no preset m/x",
+            "8: pools.program: preset m/e has the exec contract",
+        ],
+    ),
+    "names of pools": (
+        """\
+        models: {}
+        pools:
+          "a b": {model_id: m}
+        """,
+        ["3: pools.a b: String should match pattern", "3: pools.a b.task_preset: Field required"],
     ),
     "names": (
         """\

@@ -54,7 +54,12 @@ class Host:
 
 
 async def relay(
-    worker: Listening, stream: Stream, body: bytes | None = BODY, host: Host | None = None
+    worker: Listening,
+    stream: Stream,
+    body: bytes | None = BODY,
+    host: Host | None = None,
+    *,
+    sealed: bool = False,
 ) -> End | None:
     host = host or Host()
     return await relay_http(
@@ -64,6 +69,7 @@ async def relay(
         stream,
         delivered=lambda: host.delivered.append("t_1"),
         exit_is_near=host.exit_is_near,
+        sealed=sealed,
     )
 
 
@@ -467,3 +473,41 @@ async def test_a_program_that_writes_a_lot_at_once(stream: Stream) -> None:
             await asyncio.sleep(0)
     assert turns > 20
     assert stream.worker_seq == 20 * EXEC_PIECE_BYTES
+
+
+# -- sealed tasks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (400, {"error": "no", "code": "decrypt"}, "decrypt_failed"),
+        (409, {"error": "no", "code": "replay"}, "replay"),
+        (410, {"error": "no", "code": "gone"}, "events_gone"),
+        (415, {"error": "no"}, "worker_protocol"),
+        (500, {"error": "no"}, "worker_protocol"),
+    ],
+)
+async def test_a_sealed_task_is_refused(
+    path: str, stream: Stream, status: int, body: dict[str, str], code: str
+) -> None:
+    """A worker that cannot open a request, or had it before, has its own code, and words of ours."""
+    async with listening(path, answers(status, body)) as worker:
+        end = await relay(worker, stream, sealed=True)
+    assert end is not None
+    state, failure, _ = end
+    assert state is TaskState.FAILED
+    assert failure is not None
+    assert failure.code == code
+
+
+async def test_a_sealed_task(path: str, stream: Stream) -> None:
+    """Its events are passed on as they came, and nothing else is taken."""
+    raw = frame(1, "sealed", data="AQID") + frame(2, "sealed", data="BAUG") + end(3, usage={"words": 1})
+    async with listening(path, streams(raw)) as worker:
+        assert await relay(worker, stream, sealed=True) == COMPLETED
+        sealed = [event.data["data"] for event in await everything(stream) if event.name == "sealed"]
+        assert sealed == ["AQID", "BAUG"]
+    async with listening(path + "2", streams(delta(1))) as worker:
+        with pytest.raises(ProtocolFault):
+            await relay(worker, Stream(1 << 20), sealed=True)

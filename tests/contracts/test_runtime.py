@@ -348,3 +348,20 @@ async def test_the_fake_can_be_slow_wrong_and_unreachable() -> None:
         waiting = group.create_task(runtime.list_workers(), name="list")
         asyncio.get_running_loop().call_soon(gate.set)
     assert waiting.result() == ()
+
+
+@pytest.mark.parametrize("script", ["hello", "loud"])
+async def test_what_a_sealed_worker_writes_is_read_by_nobody(stage: Stage, script: str) -> None:
+    """It has no output, now or when it is taken up again, and is not held back however much it writes."""
+    first, listener = await stage.open()
+    spec, staying = stage.spec(script, sealed=True), stage.spec("stays", "s_2", sealed=True)
+    nothing = {"stdout": b"", "stderr": b""}
+    assert await read_all(await started(first, spec)) == nothing
+    assert (await listener.next()).exit_code == 0
+    assert await read_all(await started(first, staying)) == nothing
+    await first.close()
+    second, _ = await stage.open()
+    assert await read_all(await reattached(second, spec.name)) == nothing
+    found = await reattached(second, staying.name)
+    assert found.exit is None
+    assert await read_all(found) == nothing

@@ -35,15 +35,18 @@ NODES: list[tuple[frozenset[Tier], ...]] = [
     (BOTH_TIERS, LOW, HIGH),
     (BOTH_TIERS, BOTH_TIERS, LOW, BOTH_TIERS),
 ]
+FEW = {"sealed_tasks_max": 3, "grants_max": 2}
 RULES = [
-    Rules(idle_timeout=50, max_lifetime=200, session_queue_max=2, gpu_wait_max=90, gpu_wait_max_tasks=4),
+    Rules(
+        idle_timeout=50, max_lifetime=200, session_queue_max=2, gpu_wait_max=90, gpu_wait_max_tasks=4, **FEW
+    ),
     Rules(idle_timeout=20, max_lifetime=60, session_queue_max=5, gpu_wait_max=300, gpu_wait_max_tasks=8),
-    Rules(idle_timeout=300, max_lifetime=400, session_queue_max=1, gpu_wait_max=0),
+    Rules(idle_timeout=300, max_lifetime=400, session_queue_max=1, gpu_wait_max=0, **FEW),
     Rules(session_queue_max=3, gpu_wait_max=120, cancel_grace=30, task_retention=5, tombstone_retention=7),
     Rules(session_queue_max=0, lifetime_grace=0, max_lifetime=100, cancel_grace=15, task_retention=0),
     Rules(idle_timeout=25, max_lifetime=30, lifetime_grace=20, cancel_grace=8, disconnect_grace=60),
     Rules(max_lifetime=150, ended_tasks_max=3, ended_sessions_max=2, disconnect_grace=10),
-    Rules(sealed_tasks_max=3, grants_max=2, max_lifetime=400, task_retention=50),
+    Rules(max_lifetime=400, task_retention=50, **FEW),
 ]
 WORKLOADS = [
     Workload(model_id="m", task_preset="chat", start_timeout=40),
@@ -237,6 +240,31 @@ class NodeMachine(RuleBasedStateMachine):
         for session_id in self.world.serving():
             self.show_key(session_id)
             self.world.fact(ev.WorkerReady(session_id=session_id))
+
+    @rule(tenant=st.sampled_from(TENANTS), grants=st.integers(1, 3), tasks=st.integers(0, 3))
+    def a_sealed_session_comes_up(self, tenant: str, grants: int, tasks: int) -> None:
+        """As tenants use them: it is made, opened and given some tasks, one behind the other."""
+        name = self.name("s")
+        asked = ev.SessionRequested(
+            session_id=name, tenant=tenant, tier=None, workload=WORKLOADS[0], sealing=SEALING
+        )
+        if not self.world.send(asked) or name not in self.world.starting():
+            return
+        self.show_key(name)
+        for which in range(grants):
+            grant = Grant(epoch="epoch", wrapped_key=f"key {which}", grant=name)
+            psk_id = f"{which} of {name}"
+            opened = ev.SessionOpened(session_id=name, tenant=tenant, psk_id=psk_id, grant=grant)
+            if not self.world.send(opened):
+                return
+        self.world.fact(ev.WorkerReady(session_id=name))
+        for _ in range(tasks):
+            psk_id = f"{grants - 1} of {name}"
+            self.submit(tenant, WORKLOADS[0], None, TaskType.SESSION, name, psk_id=psk_id)
+            for session_id, task_id in self.world.at_work():
+                if session_id == name:
+                    ended = ev.TaskEnded(session_id=name, task_id=task_id, state=TaskState.COMPLETED)
+                    self.world.fact(ended)
 
     def show_key(self, session_id: str, key: str | None = None) -> None:
         """The worker of a sealed session has a key of its own; an attendant tells of no other's."""

@@ -68,10 +68,10 @@ async def listening(path: str, handler: Handler, *, uid: int | None = None) -> A
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 method, target, _ = head.split(" ", 2)
                 lines = (line.partition(":") for line in head.lower().splitlines())
-                length = next((int(value) for name, _, value in lines if name == "content-length"), 0)
-                body = await reader.readexactly(length)
+                fields = {name: value.strip() for name, _, value in lines}
+                body = await reader.readexactly(int(fields.get("content-length", 0)))
                 worker.calls.append((method, target, body))
-                await handler(Call(method, target, body, writer))
+                await handler(Call(method, target, body, writer, fields.get("content-type", "")))
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:

@@ -37,6 +37,19 @@ def test_labels_say_whose_it_is_and_hide_the_tenant(folder: RunFolder) -> None:
     assert "acme" not in json.dumps(body_of(worker_spec(folder, tenant="acme")))
 
 
+def test_a_sealed_worker_is_listened_to_by_nobody(folder: RunFolder) -> None:
+    """Its output goes nowhere, its memory to no swap and no core file; a label says so to another life."""
+    for sealed in (True, False):
+        spec = worker_spec(folder, sealed=sealed)
+        body = body_of(spec)
+        assert (body["AttachStdout"], body["AttachStderr"]) == (not sealed, not sealed)
+        assert body["Labels"].get("gpu-server.sealed") == ("yes" if sealed else None)
+        host = body["HostConfig"]
+        assert host["LogConfig"]["Type"] == "none"
+        assert host["MemorySwap"] == host["Memory"]
+        assert host["Ulimits"] == [{"Name": "core", "Soft": 0, "Hard": 0}]
+
+
 def test_the_contracts_names_win_over_the_presets(folder: RunFolder) -> None:
     """A preset adds variables, and cannot move the socket, the input, the model, the home or the GPUs."""
     reserved = (

@@ -12,6 +12,7 @@ import pytest
 from gpu_server.drivers.process_output import (
     DiscardedOutput,
     PipedOutput,
+    make_no_pipes,
     make_pipes,
     open_pipes,
     remove_pipes,
@@ -103,3 +104,18 @@ def test_pipes_are_removed_once(tmp_path: Path) -> None:
     remove_pipes(tmp_path)
     remove_pipes(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_output_that_nobody_may_read(tmp_path: Path) -> None:
+    """What is written there is gone, whoever looks for it, also where there were pipes before."""
+    output, before = make_pipes(tmp_path)
+    output.close()
+    output, writers = make_no_pipes(tmp_path)
+    for descriptor in writers:
+        assert os.write(descriptor, b"x" * 200_000) == 200_000
+    async with asyncio.timeout(30):
+        assert [piece async for piece in output] == []
+        assert [piece async for piece in open_pipes(tmp_path)] == []
+    assert list(tmp_path.iterdir()) == []
+    for descriptor in (*before, *writers):
+        os.close(descriptor)

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import tempfile
+from base64 import b64encode
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,9 @@ def path() -> Iterator[str]:
 async def test_health(path: str) -> None:
     """A worker that is ready says so; asking again takes the same connection."""
     async with listening(path, answers(200, health_answer())) as worker:
-        expected = WorkerHealth(status="ready", message=None, stage=None, done=0, total=None)
+        expected = WorkerHealth(
+            status="ready", message=None, stage=None, done=0, total=None, sealed_key=None
+        )
         assert await worker.link.health() == expected
         assert await worker.link.health() == expected
         assert worker.calls == [("GET", "/health", b"")] * 2
@@ -64,12 +67,34 @@ async def test_health_tells_of_loading(path: str) -> None:
     progress = {"stage": "weights", "done": 1.5, "total": 7}
     async with listening(path, answers(200, health_answer(status="loading", progress=progress))) as worker:
         assert await worker.link.health() == WorkerHealth(
-            status="loading", message=None, stage="weights", done=1.5, total=7
+            status="loading", message=None, stage="weights", done=1.5, total=7, sealed_key=None
         )
     failed = health_answer(status="failed", message="no weights")
     async with listening(path + "2", answers(200, failed)) as worker:
         health = await worker.link.health()
         assert (health.status, health.message) == ("failed", "no weights")
+
+
+async def test_health_shows_a_key(path: str) -> None:
+    """The public key of a worker that serves sealed tasks is passed on, also while it loads."""
+    key = b64encode(bytes(range(32))).decode()
+    async with listening(path, answers(200, health_answer(status="loading", sealed_key=key))) as worker:
+        assert (await worker.link.health()).sealed_key == key
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("", "key", "=" * 44, b64encode(bytes(31)).decode(), b64encode(bytes(33)).decode()),
+        *(" " + b64encode(bytes(32)).decode(), b64encode(bytes(32)).decode()[:-2] + "B=", 7, True, [], {}),
+        *("\u00e4" * 43 + "=", b64encode(bytes(32)).decode() + "\n"),
+    ],
+)
+async def test_health_with_a_key_that_is_none(path: str, key: Any) -> None:
+    """Anything else than 32 bytes in their one form is a fault."""
+    async with listening(path, answers(200, health_answer(sealed_key=key))) as worker:
+        with pytest.raises(ProtocolFault, match="sealed_key"):
+            await worker.link.health()
 
 
 @pytest.mark.parametrize("other", ["s_2", None, 1, [SESSION], ""])

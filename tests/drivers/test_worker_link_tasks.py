@@ -369,3 +369,33 @@ async def test_cancel_without_a_worker(path: str) -> None:
     async with linked(path) as link:
         with pytest.raises(LinkBroken, match="not delivered"):
             await link.cancel("t_1")
+
+
+async def test_a_sealed_task_says_what_it_is(path: str) -> None:
+    """A task goes out under the media type that it was given with."""
+    seen: list[str] = []
+
+    async def handler(call: Call) -> None:
+        seen.append(call.media_type)
+        await call.answer(400, {})
+
+    async with listening(path, handler) as worker:
+        for media_type in ("application/json", "application/vnd.gpu-server.sealed"):
+            with pytest.raises(TaskRefused) as refused:
+                await worker.link.run("t_1", BODY, Heard(), media_type=media_type)
+            assert refused.value.status == 400
+    assert seen == ["application/json", "application/vnd.gpu-server.sealed"]
+
+
+@pytest.mark.parametrize(("method", "refusal"), [("POST", TaskRefused), ("GET", ProtocolFault)])
+async def test_nothing_is_kept_of_a_task(
+    path: str, method: str, refusal: type[Exception]
+) -> None:
+    """A 410 to a task that names no event: it ran, under this id or another, and its answer is gone. A worker
+    that was following it may not say that."""
+    async with listening(path, answers(410, {"error": "gone", "code": "gone"})) as worker:
+        with pytest.raises(refusal):
+            if method == "POST":
+                await worker.link.run("t_1", BODY, Heard())
+            else:
+                await worker.link.attach("t_1", Heard(4))

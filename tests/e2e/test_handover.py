@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -47,12 +46,11 @@ class CountingClient(Client):
 
     opened: Counter[str]
 
-    @contextlib.asynccontextmanager
-    async def _ask(self, method: str, path: str, **request: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with super()._ask(method, path, **request) as answer:
-            if answer.status == 200:
-                self.opened[path] += 1
-            yield answer
+    async def _ask(self, method: str, path: str, **request: Any) -> aiohttp.ClientResponse:
+        answer = await super()._ask(method, path, **request)
+        if answer.status == 200:
+            self.opened[path] += 1
+        return answer
 
 
 def counted(count: int) -> str:

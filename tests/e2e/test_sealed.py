@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from gpu_server.client import Client, Expected, Refused, TaskEvent
+from gpu_server.client import Client, DataKeyFailed, Expected, OpenRefused, Refused, TaskEvent
 from gpu_server.sealed.errors import AttestationRefused
 from tests.e2e.harness import Service, Services, body, until
 from tests.e2e.memory import forms, found_in_files, found_in_memory, readable_bytes
@@ -233,7 +233,7 @@ async def test_an_enclave_that_dies(services: Services, settings: dict[str, obje
         assert other.attestation.epoch != before
         assert text_of([event async for event in other.submit({"prompt": "new"})]) == "new"
         assert text_of([event async for event in session.submit({"prompt": "old"})]) == "old"
-    await service.settle()
+    await service.settle(expected=frozenset({"enclave.down"}))
     assert service.terminate() == 0
 
 
@@ -255,10 +255,12 @@ async def test_without_an_enclave(serve: Callable[..., Service], kms_url: str) -
 
 async def test_keys_that_kms_does_not_release(world: SealedWorld, client: Client) -> None:
     """A key whose policy wants another program, or another tenant, opens nothing, and says why."""
-    for arn in (WRONG_PCR_ARN, WRONG_TENANT_ARN):
-        with pytest.raises(Refused) as refused:
-            await world.open(client, kms_key_arn=arn)
-        assert refused.value.code == "kms_denied"
+    with pytest.raises(Refused) as refused:
+        await world.open(client, kms_key_arn=WRONG_PCR_ARN)
+    assert refused.value.code == "kms_denied"
+    with pytest.raises(DataKeyFailed) as failed:
+        await world.open(client, kms_key_arn=WRONG_TENANT_ARN)
+    assert failed.value.code == "AccessDeniedException"
 
 
 async def test_a_client_that_expects_another_enclave(world: SealedWorld, client: Client) -> None:
@@ -308,6 +310,6 @@ async def test_a_key_of_the_tenants_own_does_not_open_another_session(
 ) -> None:
     """A session has the KMS key that it was made with, and no other."""
     async with await world.open(client) as session:
-        with pytest.raises((Refused, Exception)):
+        with pytest.raises(OpenRefused):
             await world.open(client, pool=None, session_id=session.session_id, kms_key_arn=OTHER_ARN)
         assert text_of([e async for e in session.submit({"prompt": "as before"})]) == "as before"

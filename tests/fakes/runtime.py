@@ -81,6 +81,8 @@ class FakeContainer:
     exit: WorkerExit | None = None
 
     def write(self, piece: Output) -> None:
+        if self.spec.sealed:
+            return
         self.output.feed(piece)
         if self.spec.contract is Contract.EXEC:
             self.log.append(piece)
@@ -121,7 +123,7 @@ class FakeEngine:
 class FakeRuntime:
     """`ContainerRuntime` over a `FakeEngine`.
 
-    It keeps what `exec` workers write. To the engine, `close` is the same as a kill of the service: nobody
+    It keeps what `exec` workers write, and gives nobody what those of sealed sessions write. To the engine, `close` is the same as a kill of the service: nobody
     listens any more.
 
     Switches: `unreachable` makes every method fail so; `wrong[method]` is raised by that method;
@@ -177,6 +179,8 @@ class FakeRuntime:
             raise StartRefused("start_failed", f"the name {spec.name} is taken")
         container = FakeContainer(instance=self.instance, spec=spec, script=script, output=FakeOutput())
         self.engine.containers[spec.name] = container
+        if spec.sealed:
+            container.output.end()
         return CreatedWorker(name=spec.name, container_id=f"fake-{spec.name}", output=container.output)
 
     async def start(self, name: str) -> None:
@@ -206,7 +210,7 @@ class FakeRuntime:
         container.output = FakeOutput()
         for piece in container.log if from_start else ():
             container.output.feed(piece)
-        if container.exit is not None:
+        if container.exit is not None or container.spec.sealed:
             container.output.end()
         return FoundWorker(
             name=name, container_id=f"fake-{name}", output=container.output, exit=container.exit

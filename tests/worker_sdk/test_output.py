@@ -159,6 +159,20 @@ def test_a_hushed_process() -> None:
     assert (ended.stdout, ended.stderr, ended.returncode) == ("before\n", "before\n", 0)
 
 
+def test_a_process_that_is_never_hushed_has_its_descriptors_back() -> None:
+    """So it can still say why it ends, where nothing had begun that it must not tell."""
+    program = (
+        "from gpu_worker.output import hushed\n"
+        "with hushed():\n"
+        "    pass\n"
+        "print('ends', flush=True)\n"
+        "raise OSError('the reason')\n"
+    )
+    ended = run_program(program)
+    assert ended.stdout == "ends\n"
+    assert ended.stderr.endswith("OSError: the reason\n")
+
+
 def test_a_hushed_process_without_streams() -> None:
     """Whoever starts it may have closed them."""
     program = (

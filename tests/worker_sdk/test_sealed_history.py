@@ -1,13 +1,18 @@
 import asyncio
 import base64
 import functools
+import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from gpu_worker import frames
-from gpu_worker.history import History
+from gpu_worker.history import Dropped, History, Reader
 from gpu_worker.sealed_history import WITHHELD, SealedHistory
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpu_server.sealed.response import ResponseOpener, ResponseSealer
 
@@ -33,7 +38,11 @@ class Opened:
     def take(self, data: bytes) -> bytes:
         """Returns what this piece adds."""
         before = len(self.clear)
-        for event in parse(data):
+        self.events(parse(data))
+        return self.clear[before:]
+
+    def events(self, events: list[tuple[int | None, str, dict[str, Any]]]) -> None:
+        for event in events:
             self.outer.append(event)
             if event[1] != "sealed":
                 continue
@@ -42,7 +51,6 @@ class Opened:
                 self._opener = ResponseOpener(SECRET, piece)
             else:
                 self.clear += self._opener.open(piece)
-        return self.clear[before:]
 
     def close(self) -> None:
         assert self._opener is not None
@@ -138,6 +146,95 @@ async def test_what_was_sealed_is_the_same_for_all_who_read_it() -> None:
     with sealed.reader(0) as late, sealed.reader(2) as middle:
         assert await late.ready() == b"".join(pieces)
         assert await middle.ready() == b"".join(pieces[1:])
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("say"), st.integers(1, 700)),
+    st.tuples(st.just("progress"), st.just(0)),
+    st.tuples(st.sampled_from(("attach", "read", "took", "leave")), st.integers(0, 9)),
+)
+
+
+@given(st.lists(STEPS, max_size=60))
+def test_a_number_stands_for_the_same_bytes_for_ever(steps: list[tuple[str, int]]) -> None:
+    """Whoever attaches at whatever number, reads at whatever moment, or leaves in the middle; and together
+    they open to what was said. Two texts sealed as one chunk would give both away."""
+    asyncio.run(go_through(steps))
+
+
+async def go_through(steps: list[tuple[str, int]]) -> None:
+    sealed, readers, said = SealedHistory(3000, ResponseSealer(SECRET)), list[Reader](), list[str]()
+    seen: dict[int, tuple[int | None, str, dict[str, Any]]] = {}
+
+    async def read(reader: Reader) -> None:
+        for event in parse(await reader.ready()):
+            assert event[0] is not None
+            assert seen.setdefault(event[0], event) == event
+
+    with sealed.reader(0) as first:
+        for step, number in steps:
+            if step == "say":
+                text = f"{len(said)} " + "x" * number
+                if sealed.add(frames.text(text)) is None:
+                    said.append(text)
+                else:  # it is full: the one who keeps reading takes it all
+                    await read(first)
+                    first.took()
+            elif step == "progress":
+                sealed.pass_by(frames.progress("s", len(said), None))
+            elif step == "attach":
+                try:
+                    readers.append(sealed.reader(sealed.last + 4 - number).__enter__())
+                except Dropped as dropped:
+                    assert dropped.oldest == sealed.oldest > sealed.last + 5 - number
+            elif readers:
+                reader = readers[number % len(readers)]
+                if step == "took" and reader._busy:
+                    reader.took()
+                elif step == "leave":
+                    readers.remove(reader)
+                    reader.__exit__()
+                elif reader._sent < sealed.last and not reader._busy:
+                    try:
+                        await read(reader)
+                    except Dropped:
+                        readers.remove(reader)
+                        reader.__exit__()
+        await read(first)
+        first.took()
+        sealed.end(END, status="completed")
+        await read(first)
+    opened = Opened()
+    opened.events([seen[number] for number in range(1, sealed.last + 1)])
+    opened.close()
+    assert [data["text"] for _, event, data in parse(opened.clear) if event == "text"] == said
+
+
+async def test_a_fork_seals_nothing() -> None:
+    """It has the same key and the same next nonce as the process it came from, and other words to seal."""
+    sealed = history()
+    opened = Opened()
+    with sealed.reader(0) as reader:
+        sealed.add(FRAME)
+        opened.take(await reader.ready())
+        reader.took()
+        assert fails_in_a_fork(functools.partial(sealed.end, FRAME, status="failed"))
+        sealed.end(END, status="completed")
+        opened.take(await reader.ready())
+    opened.close()
+
+
+def fails_in_a_fork(call: Callable[[], None]) -> bool:
+    """Whether it raises RuntimeError in a child that this process forks."""
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+        except RuntimeError:
+            os._exit(3)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 async def test_a_large_answer_is_several_chunks() -> None:

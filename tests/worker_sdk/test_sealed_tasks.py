@@ -215,6 +215,53 @@ async def test_another_request_under_a_known_id_is_a_replay(start: Callable[...,
         assert await read(post(client.http, "t1", first.delivery)) == answer
 
 
+async def test_a_task_id_that_names_another_run_is_refused(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to a request that is known: each id goes on naming its own run, and is forgotten with it."""
+    monkeypatch.setattr(tasks, "FINISHED_MAX", 1)
+    session = sealed_world.session()
+    first, second = (request_to(session.public_key, {"word": "x"}) for _ in range(2))
+    go_on = asyncio.Event()
+
+    async def run(task: Task, emit: Emitter) -> None:
+        await go_on.wait()
+
+    async with start(worker_of(run), sealed=session) as client:
+        answers = [
+            await post(client.http, name, request.delivery)
+            for name, request in (("t1", first), ("t2", second))
+        ]
+        status, body = await read(post(client.http, "t2", first.delivery))
+        assert (status, json.loads(body)["code"]) == (409, "replay")
+        go_on.set()
+        for answer in answers:
+            assert answer.status == 200
+            await answer.read()
+        assert (await read(post(client.http, "t2", second.delivery)))[0] == 200
+        assert (await read(post(client.http, "t3", request_to(session.public_key).delivery)))[0] == 200
+        for name in ("t1", "t2"):
+            async with client.events(name) as answer:
+                assert answer.status == 404
+
+
+async def test_one_run_has_no_more_than_so_many_names(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes under ever new task ids take no memory: the first id and the newest ones are kept."""
+    monkeypatch.setattr(tasks, "NAMES_MAX", 3)
+    session = sealed_world.session()
+    request = request_to(session.public_key, {"word": "x"})
+    async with start(worker_of(story), sealed=session) as client:
+        for number in range(9):
+            assert (await read(post(client.http, f"t{number}", request.delivery)))[0] == 200
+        known = []
+        for number in range(9):
+            async with client.events(f"t{number}") as answer:
+                known += [number] if answer.status == 200 else []
+    assert known == [0, 7, 8]
+
+
 async def test_an_answer_that_is_no_longer_kept_is_gone(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,10 +605,12 @@ async def test_a_plain_process_writes_as_ever(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == b"the worker failed: canary"
 
 
-async def test_an_image_without_the_package_says_so(tmp_path: Path) -> None:
-    """The load fails with what is missing, and the worker never becomes ready; plain it works."""
+@pytest.mark.parametrize("error", ["ImportError", "AttributeError"])
+async def test_an_image_without_the_package_says_so(tmp_path: Path, error: str) -> None:
+    """The load fails with what is missing or of another version, and the worker never becomes ready; plain it
+    works."""
     (tmp_path / "gpu_server").mkdir()
-    (tmp_path / "gpu_server/__init__.py").write_text("raise ImportError('No module named cbor2')")
+    (tmp_path / "gpu_server/__init__.py").write_text(f"raise {error}('No module named cbor2')")
     program = "from gpu_worker import Worker\nworker = Worker()\nworker.task(print)\nworker.run()\n"
     async with process(tmp_path, program, **SEALED) as (_, http):
         health = await health_of(http)
@@ -571,6 +620,27 @@ async def test_an_image_without_the_package_says_so(tmp_path: Path) -> None:
     (tmp_path / "worker.sock").unlink()
     async with process(tmp_path, program) as (_, http):
         assert (await health_of(http))["status"] == "ready"
+
+
+@pytest.mark.parametrize("says", ["raise OSError", "worker.fail"])
+async def test_a_load_that_fails_says_why(tmp_path: Path, says: str) -> None:
+    """In health, which is all that the service reads of a sealed worker; and no task was there to be quoted."""
+    program = (
+        "import threading\n"
+        "from gpu_worker import Worker\n"
+        "worker = Worker()\n"
+        "worker.task(print)\n"
+        "@worker.load\n"
+        f"def load(progress):\n    {says}('no weights')\n    threading.Event().wait()\n"
+        "worker.run()\n"
+    )
+    async with process(tmp_path, program, **SEALED) as (running, http):
+        health = await health_of(http)
+        if says == "worker.fail":
+            _, err = await running.communicate()
+            assert err.decode() == "the worker failed: no weights\n"
+    assert health["status"] == "failed"
+    assert health["message"] in ("no weights", "OSError: no weights")
 
 
 async def test_a_sealed_process_needs_its_names(tmp_path: Path) -> None:

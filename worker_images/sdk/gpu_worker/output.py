@@ -112,7 +112,8 @@ def captured() -> Iterator[None]:
 def hushed() -> Iterator[Callable[[], None]]:
     """For a process whose output must tell nothing of its tasks. From here on the descriptors 1 and 2 are
     /dev/null, so native code and children write there. sys.stdout and sys.stderr still lead to the real ones
-    until the function that this gives is called: then nothing does. Before `captured`."""
+    until the function that this gives is called: then nothing does, also after the context. Before
+    `captured`."""
     before = sys.stdout, sys.stderr
     for stream in before:
         with contextlib.suppress(Exception):  # closed, or nobody reads it
@@ -136,6 +137,8 @@ def hushed() -> Iterator[Callable[[], None]]:
             yield hush
         finally:
             sys.stdout, sys.stderr = before
+            for number, other in zip((1, 2), real, strict=True):
+                os.dup2(other, number)
 
 
 def _duplicate(number: int, otherwise: int) -> int:

@@ -7,6 +7,7 @@ Numbers, bounds, waiting and replay of the sealed events are `History`'s own.
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from gpu_worker import frames
@@ -36,6 +37,7 @@ class SealedHistory(History):
     def __init__(self, limit: int, sealer: Sealer) -> None:
         super().__init__(limit)
         self._sealer = sealer
+        self._process = os.getpid()
         self._clear: list[bytes] = []  # numbered, and in no sealed event yet
         self._clear_size = 0
         self._clear_last = 0  # the number of the author's last event
@@ -92,11 +94,16 @@ class SealedHistory(History):
         self._clear_size += len(data)
 
     def _seal(self, *, final: bool) -> None:
-        clear = b"".join(self._clear)
+        # A forked child has the same key and the same next nonce: one of the two may use them.
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "a fork of the worker cannot seal: its events go out in the process it came from"
+            )
+        chunks = self._sealer.seal(b"".join(self._clear), final=final)
         self._clear.clear()
         self._clear_size = 0
         self._progress = None
-        for chunk in self._sealer.seal(clear, final=final):
+        for chunk in chunks:
             self._append(frames.sealed(chunk))
         self._measure()
 

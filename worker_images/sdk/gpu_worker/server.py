@@ -108,14 +108,17 @@ class Routes:
         """The run of a sealed request: an earlier one, where the same bytes have come before."""
         request = session.read(body)
         known = session.record.task_of(request.request_id, request.enc)
-        run = self._tasks.find(task_id if known is None else known)
+        run = None
         if known is not None:
+            run = self._tasks.find(known)
             if run is None:
                 raise Refused(410, "the answer to this request is no longer kept", code="gone")
+        named = self._tasks.find(task_id)
+        if named is not None and named is not run:
+            raise Refused(409, "another request came under this task id", code="replay")
+        if run is not None:
             self._tasks.name(run, task_id)
             return run
-        if run is not None:
-            raise Refused(409, "another request came under this task id", code="replay")
         self._check_ready()
         metadata, sealer = session.open(request)
         session.record.add(request.request_id, request.enc, task_id)

@@ -22,6 +22,7 @@ from gpu_worker.sealed_history import SealedHistory, Sealer
 
 FINISHED_MAX = 64  # finished tasks that are remembered
 FINISHED_BYTES = 64 << 20  # and how much their frames may take together
+NAMES_MAX = 64  # ids of one run
 _MESSAGE_MAX = 4000
 
 
@@ -125,10 +126,13 @@ class Tasks:
         return run
 
     def name(self, run: Run, task_id: str) -> None:
-        """Let a run be found by another id too, for as long as it is kept."""
+        """Let a run be found by another id too, one that names no other run, for as long as it is kept. Of too
+        many the first and the newest stay."""
         if task_id not in run.names:
             run.names.append(task_id)
             self._runs[task_id] = run
+        if len(run.names) > NAMES_MAX:
+            del self._runs[run.names.pop(1)]
 
     async def stop(self, seconds: float) -> None:
         """Cancel what runs, and end its streams after `seconds` at the latest."""

@@ -129,12 +129,15 @@ class Worker:
                 was_ready = self.health.status == "ready"
                 self.health.status = "failed"
                 self.health.message = self.failure or "the worker is stopping"
-                if self.failure is not None and sealed is not None and was_ready:
-                    self.health.message = "the worker failed"  # its own words may quote a task
                 if self.failure is None:
                     await tasks.stop(_STOP_SECONDS)
-                else:
-                    await tasks.fail(_STOP_SECONDS, self.failure)
+                    return
+                if session is not None:
+                    if was_ready:
+                        self.health.message = "the worker failed"  # its own words may quote a task
+                    else:  # its log is not read: health is where it is heard
+                        await asyncio.sleep(_STOP_SECONDS)
+                await tasks.fail(_STOP_SECONDS, self.failure)
 
     async def _until_signal(self, path: Path) -> None:
         stop = asyncio.Event()
@@ -194,7 +197,7 @@ def _sealed_session() -> SealedSession | str:
         from gpu_worker.sealed_session import SealedSession
 
         return SealedSession.from_environment(os.environ)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 (its log is not read: what is lost here nobody hears)
         return f"this image cannot serve sealed sessions: {error}"
 
 

@@ -1,0 +1,65 @@
+"""Counts of what was decided: each thing once, whatever became of it."""
+
+from __future__ import annotations
+
+from gpu_server.core import events as ev
+from gpu_server.core.errors import Failure, FailureCode
+from gpu_server.core.sessions import CloseReason, TaskState
+from gpu_server.counts import Counts
+from tests.core.story import Story
+
+
+class Counted(Story):
+    """A story whose decisions are counted."""
+
+    def __init__(self, *slots: str, **rules: float) -> None:
+        self.counts = Counts()
+        super().__init__(*slots, **rules)
+
+    def tell(self, event: ev.Event) -> list[object]:  # type: ignore[override]
+        effects = super().tell(event)
+        self.counts.note(event, effects, self.node, self.now)
+        return effects  # type: ignore[return-value]
+
+
+def test_tasks() -> None:
+    """Each task is counted when it is taken, and once more in the way it ended; waiting is no run time."""
+    story = Counted()
+    story.ask("s1")
+    story.ready("s1")
+    for task_id, state in (
+        ("t1", TaskState.COMPLETED),
+        ("t2", TaskState.COMPLETED),
+        ("t3", TaskState.FAILED),
+    ):
+        story.submit(task_id, to="s1")
+        story.now += 2.0
+        story.end(task_id, state)
+    story.submit("t4", to="s1")
+    story.submit("t5", to="s1")
+    story.cancel("t5")
+    assert story.counts.submitted == 5
+    assert story.counts.ended == {"completed": 2, "failed": 1, "cancelled": 1}
+    assert story.counts.run_seconds == 4.0
+
+
+def test_loads() -> None:
+    """A load lasts from the lease to a ready worker; one that fails or misbehaves before that has failed."""
+    story = Counted("g0", "g1", "g2", "g3")
+    for session_id in ("s1", "s2", "s3", "s4"):
+        story.ask(session_id)
+    story.now += 3.0
+    story.ready("s1")
+    story.ready("s1")
+    story.lose("s2", CloseReason.START_FAILED, failure=Failure(code=FailureCode.IMAGE_MISSING, message=""))
+    story.kill("s3")
+    story.lose("s1")
+    loads = story.counts.loads["m"]
+    assert (loads.ready, loads.failed, loads.seconds, loads.average) == (1, 1, 3.0, 3.0)
+    story.after(600.0)  # the start of the fourth is over
+    assert loads.failed == 2
+
+
+def test_nothing_yet() -> None:
+    """An average of nothing is none."""
+    assert Counts().loads["m"].average is None
