@@ -361,6 +361,7 @@ class Attendant:
                 stream,
                 delivered=lambda: self._host.delivered(task_id),
                 exit_is_near=self._exit_is_near,
+                is_running=self._is_running,
             )
         except ProtocolFault as fault:
             self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(fault))
@@ -462,6 +463,15 @@ class Attendant:
         """Whether the worker's exit is heard soon: its connections break a moment before that."""
         done, _ = await asyncio.wait([self._exited], timeout=EXIT_NEWS_SECONDS)
         return bool(done)
+
+    async def _is_running(self) -> bool:
+        """Whether the worker runs for certain. While the runtime is away its exit is heard much later, if it
+        has ended, and is no fault of its own."""
+        try:
+            seen = await self._runtime.list_workers()
+        except RuntimeUnreachable:
+            return False
+        return any(worker.name == self.plan.name and worker.running for worker in seen)
 
     async def _report_exit(self, exit_: WorkerExit) -> None:
         """Let what the worker said last arrive, then report that it is gone."""
