@@ -34,6 +34,7 @@ from gpu_server.ports import (
     RunFolderFault,
     RuntimeUnreachable,
     StartRefused,
+    StartUnanswered,
     WorkerExit,
 )
 from gpu_server.relay import relay_exec, relay_http
@@ -393,15 +394,24 @@ class Attendant:
                 self._ended(task_id, TaskState.FAILED, self._exit_failure(exit_), None)
 
     async def _start_program(self) -> None:
-        """Start the program, once, also where the runtime took the order and its answer was lost."""
+        """Start the program, once, also where the runtime took the order and its answer was lost. Raises
+        `OutputLost` where that was an engine's last deed: one that dies between starting a container and
+        writing that down (20.10, killed) comes back without knowing that it ran."""
+        ordered = False
         while not self._started:
-            self._started_at = self._runtime.interruptions
+            if not ordered:
+                self._started_at = self._runtime.interruptions
             try:
                 await self._runtime.start(self.plan.name)
                 self._started = True
-            except RuntimeUnreachable:
+            except RuntimeUnreachable as error:
+                ordered = ordered or isinstance(error, StartUnanswered)
                 if (found := await self._find()) is not None:
                     self._worker, self._started = self._with_all_output(found), True
+                elif ordered and self._runtime.interruptions != self._started_at:
+                    raise OutputLost(
+                        "the container runtime went away while it started the program"
+                    ) from error
                 else:
                     await asyncio.sleep(REATTACH_PAUSE_SECONDS)
 
