@@ -34,6 +34,7 @@ from gpu_server.ports import (
     RunFolderFault,
     RuntimeUnreachable,
     StartRefused,
+    StartUnanswered,
     WorkerExit,
 )
 from gpu_server.relay import relay_exec, relay_http
@@ -373,6 +374,7 @@ class Attendant:
                 delivered=lambda: self._host.delivered(task_id),
                 exit_is_near=self._exit_is_near,
                 sealed=self.plan.sealed,
+                is_running=self._is_running,
             )
         except ProtocolFault as fault:
             self._lost(CloseReason.WORKER_MISBEHAVED, FailureCode.WORKER_PROTOCOL, str(fault))
@@ -404,15 +406,24 @@ class Attendant:
                 self._ended(task_id, TaskState.FAILED, self._exit_failure(exit_), None)
 
     async def _start_program(self) -> None:
-        """Start the program, once, also where the runtime took the order and its answer was lost."""
+        """Start the program, once, also where the runtime took the order and its answer was lost. Raises
+        `OutputLost` where that was an engine's last deed: one that dies between starting a container and
+        writing that down (20.10, killed) comes back without knowing that it ran."""
+        ordered = False
         while not self._started:
-            self._started_at = self._runtime.interruptions
+            if not ordered:
+                self._started_at = self._runtime.interruptions
             try:
                 await self._runtime.start(self.plan.name)
                 self._started = True
-            except RuntimeUnreachable:
+            except RuntimeUnreachable as error:
+                ordered = ordered or isinstance(error, StartUnanswered)
                 if (found := await self._find()) is not None:
                     self._worker, self._started = self._with_all_output(found), True
+                elif ordered and self._runtime.interruptions != self._started_at:
+                    raise OutputLost(
+                        "the container runtime went away while it started the program"
+                    ) from error
                 else:
                     await asyncio.sleep(REATTACH_PAUSE_SECONDS)
 
@@ -474,6 +485,15 @@ class Attendant:
         """Whether the worker's exit is heard soon: its connections break a moment before that."""
         done, _ = await asyncio.wait([self._exited], timeout=EXIT_NEWS_SECONDS)
         return bool(done)
+
+    async def _is_running(self) -> bool:
+        """Whether the worker runs for certain. While the runtime is away its exit is heard much later, if it
+        has ended, and is no fault of its own."""
+        try:
+            seen = await self._runtime.list_workers()
+        except RuntimeUnreachable:
+            return False
+        return any(worker.name == self.plan.name and worker.running for worker in seen)
 
     async def _report_exit(self, exit_: WorkerExit) -> None:
         """Let what the worker said last arrive, then report that it is gone."""

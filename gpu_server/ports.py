@@ -31,6 +31,10 @@ class RuntimeUnreachable(Exception):
     """The engine did not answer, so nothing is known. Retry; never conclude that a container is gone."""
 
 
+class StartUnanswered(RuntimeUnreachable):
+    """A worker was ordered to start, and no answer came: it may run, or have run."""
+
+
 class StartRefused(Exception):
     """The engine answered, and the worker cannot start. `code` is a `FailureCode` value."""
 
@@ -202,7 +206,8 @@ class ContainerRuntime(Protocol):
 
     async def start(self, name: str) -> None:
         """Start a created worker, once: one that runs is left alone. Raises `StartRefused`, also for one that
-        ran and has ended: a program never runs twice."""
+        ran and has ended: a program never runs twice; and `StartUnanswered`, after which a new engine may not
+        know that an old one has started it."""
 
     async def reattach(self, name: str, *, from_start: bool = False) -> FoundWorker | None:
         """Take up a worker that an earlier life started; None if there is none, or it never started.

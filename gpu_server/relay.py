@@ -8,7 +8,14 @@ from typing import Any
 
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.sessions import TaskState
-from gpu_server.drivers.worker_link import EventsDropped, LinkBroken, TaskRefused, TaskUnknown, WorkerLink
+from gpu_server.drivers.worker_link import (
+    EventsDropped,
+    LinkBroken,
+    TaskRefused,
+    TaskUnknown,
+    WorkerLink,
+    WorkerNotReady,
+)
 from gpu_server.exec_output import ExecOutput
 from gpu_server.frames import FrameReader, ProtocolFault
 from gpu_server.ports import CreatedWorker, Output, OutputLost, WorkerExit
@@ -36,13 +43,15 @@ async def relay_http(
     *,
     delivered: Callable[[], None],
     exit_is_near: Callable[[], Awaitable[bool]],
+    is_running: Callable[[], Awaitable[bool]],
     sealed: bool = False,
 ) -> End | None:
     """Send a task and relay its events, behind those that `stream` has; how it ended, or None where the
     worker's own end will tell. `delivered` is called when the worker has the task for certain; with `body`
     None it must have it already. Of a `sealed` session's worker nothing is taken that is in the clear.
 
-    A broken connection is taken up again. Raises `LinkBroken` when that does not help, and `ProtocolFault`.
+    A broken connection is taken up again, and a worker that is not ready is asked again: it may be about to
+    exit. Raises `LinkBroken` when that does not help a worker that certainly runs, and `ProtocolFault`.
     """
     reader = FrameReader(stream, stream.worker_seq, sealed=sealed)
     media_type = SEALED_MEDIA_TYPE if sealed else "application/json"
@@ -65,18 +74,20 @@ async def relay_http(
                 raise ProtocolFault("the worker has forgotten a task that it runs") from unknown
             message = "the worker does not know the task: its input was lost, or its events were dropped"
             return TaskState.FAILED, Failure(code=FailureCode.SERVICE_RESTARTED, message=message), None
-        except TaskRefused as refused:
-            if reader.seq > 0:
-                raise ProtocolFault(str(refused)) from refused
-            return TaskState.FAILED, _refusal(refused, sealed=sealed), None
-        except LinkBroken:
+        except (LinkBroken, WorkerNotReady) as problem:
             if reader.end is not None:
                 break  # it has said all there is to say
             if await exit_is_near():
                 return None
             tries = 1 if reader.seq > seen else tries + 1
-            if tries > REATTACH_TRIES:
-                raise
+            if tries > REATTACH_TRIES and await is_running():
+                if isinstance(problem, LinkBroken):
+                    raise
+                return TaskState.FAILED, _refusal(problem, sealed=sealed), None
+        except TaskRefused as refused:
+            if reader.seq > 0:
+                raise ProtocolFault(str(refused)) from refused
+            return TaskState.FAILED, _refusal(refused, sealed=sealed), None
     return reader.end
 
 

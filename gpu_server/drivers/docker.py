@@ -42,6 +42,7 @@ from gpu_server.ports import (
     RuntimeUnreachable,
     SeenWorker,
     StartRefused,
+    StartUnanswered,
     WorkerExit,
     WorkerSpec,
 )
@@ -160,13 +161,17 @@ class DockerRuntime:
     async def start(self, name: str) -> None:
         """See the port."""
 
+        ordered = False
+
         def start(client: APIClient) -> bool:
             """Whether it ran before and has ended: the engine would run it a second time."""
+            nonlocal ordered
             found = self._find(client, name)
             if found is None:
                 raise StartRefused(FailureCode.START_FAILED, f"there is no worker {name} to start")
             if found["State"]["StartedAt"] != NEVER_STARTED:
                 return not found["State"]["Running"]
+            ordered = True
             client.start(found["Id"])
             return False
 
@@ -175,6 +180,10 @@ class DockerRuntime:
                 ran_before = await self._calls.call(start)
         except StartRefused:
             self._end_output(name)
+            raise
+        except RuntimeUnreachable as error:
+            if ordered:
+                raise StartUnanswered(str(error)) from error
             raise
         if ran_before:
             raise StartRefused(FailureCode.START_FAILED, f"worker {name} ran already and has ended")

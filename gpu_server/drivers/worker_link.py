@@ -40,8 +40,15 @@ class TaskRefused(Exception):
         self.status = status
 
 
+class WorkerNotReady(TaskRefused):
+    """The worker takes no task now: it has begun to stop, say."""
+
+
 class TaskUnknown(TaskRefused):
     """The worker has never had this task, or has forgotten it."""
+
+
+_REFUSALS = {("GET", 404): TaskUnknown, ("POST", 503): WorkerNotReady}
 
 
 class EventsDropped(Exception):
@@ -126,7 +133,8 @@ class WorkerLink:
         """Give the task to the worker and pass its events to `reader` until the stream ends. `accepted` is
         called, once, when the worker has the task for certain.
 
-        Raises `LinkBroken`, `TaskRefused`, `EventsDropped`, `ProtocolFault`, or what the reader raises.
+        Raises `LinkBroken`, `TaskRefused` (of which `WorkerNotReady` may pass), `EventsDropped`,
+        `ProtocolFault`, or what the reader raises.
         """
         headers = {"Content-Type": media_type}
         await self._stream("POST", f"/tasks/{task_id}", reader, accepted, data=body, headers=headers)
@@ -168,7 +176,7 @@ class WorkerLink:
                         raise TaskRefused("the worker keeps nothing of the task's events", answer.status)
                     raise EventsDropped(_oldest_of(raw, reader.seq))
                 if answer.status != 200:
-                    refusal = TaskUnknown if (method, answer.status) == ("GET", 404) else TaskRefused
+                    refusal = _REFUSALS.get((method, answer.status), TaskRefused)
                     raise refusal(f"the worker answered {answer.status} to {method}", answer.status)
                 if accepted is not None:
                     accepted()

@@ -112,13 +112,13 @@ async def test_a_refused_task(tmp_path: Path) -> None:
 
     async def refuse(worker: PlayedWorker, call: Call) -> None:
         worker.on_task = hold
-        await call.answer(503, {})
+        await call.answer(500, {})
 
     async with engine_world(tmp_path) as world:
         events, session_id = await run(world, refuse)
         assert events[-1].data["status"] == "failed"
         assert events[-1].data["error"]["code"] == "worker_protocol"
-        assert "503" in events[-1].data["error"]["message"]
+        assert "500" in events[-1].data["error"]["message"]
         assert world.session(session_id).state == "ready"
 
 
@@ -377,6 +377,40 @@ async def test_a_worker_that_dies_while_it_works(tmp_path: Path) -> None:
         assert (session.state, session.close_reason) == ("failed", "worker_exited")
         assert session.log_tail == lost.log_tail
         assert len(world.told(ev.WorkerLost)) == 1
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_worker_whose_exit_is_heard_late(tmp_path: Path, away: bool, stopping: bool) -> None:
+    """Where the engine goes away with its workers, a worker's exit is heard long after its connections broke,
+    or it said that it is stopping: it did not misbehave, and its task hears how it ended."""
+    async with engine_world(tmp_path) as world:
+        tries = 0
+
+        async def late(worker: PlayedWorker, call: Call) -> None:
+            nonlocal tries
+            tries += 1
+            name = world.container(worker.session_id)
+            world.runtime.unreachable = away
+            if tries == 2 * relay.REATTACH_TRIES:
+                world.runtime.unreachable = False
+                world.machine.exit(name, 143)
+            elif not away and tries == 1:
+                listeners, world.machine.listeners = world.machine.listeners, []
+                world.machine.exit(name, 143)  # the engine knows, and has not told
+                world.machine.listeners = listeners
+            if stopping:
+                await call.answer(503, {})
+            else:
+                call.cut()
+
+        events, session_id = await run(world, late, late)
+        assert events[-1].data["error"] == {
+            "code": "worker_exited",
+            "message": "the worker exited with code 143",
+        }
+        assert world.session(session_id).close_reason == "worker_exited"
+        await world.free()
 
 
 async def test_several_tasks_die_with_their_worker(tmp_path: Path) -> None:

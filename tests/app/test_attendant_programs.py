@@ -11,7 +11,7 @@ import pytest
 
 from gpu_server import attendant
 from gpu_server.core import events as ev
-from gpu_server.ports import CreatedWorker, OutputLost, RuntimeUnreachable, WorkerSpec
+from gpu_server.ports import CreatedWorker, OutputLost, RuntimeUnreachable, StartUnanswered, WorkerSpec
 from tests.app.reading import Event, numbered_without_a_hole
 from tests.app.world import EXEC, World, engine_life, machine_world
 
@@ -224,3 +224,34 @@ async def test_a_program_that_ends_with_its_engine(tmp_path: Path, left: str) ->
             world.machine.exit(name, 0)
         assert await world.ended(session_id) == ("failed", "worker_exited", "service_restarted")
         assert lines(await world.events(task_id)) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_new", "runs"),
+    [(StartUnanswered, True, False), (StartUnanswered, False, True), (RuntimeUnreachable, True, True)],
+)
+async def test_a_program_whose_start_was_not_answered(
+    tmp_path: Path, error: type[RuntimeUnreachable], is_new: bool, runs: bool
+) -> None:
+    """A new engine may not know that the one which died had started it: it is not started again. It is where
+    the engine is the same, or was not asked."""
+    async with machine_world(tmp_path) as world, engine_life(world):
+        await world.free()
+        start = world.runtime.start
+
+        async def fails_once(name: str) -> None:
+            world.runtime.start = start
+            world.runtime.interruptions += is_new
+            raise error("gone")
+
+        world.runtime.start = fails_once
+        task_id, session_id = world.submit(preset=EXEC)
+        if runs:
+            await world.until(lambda: session_id in world.started)
+            world.machine.exit(world.container(session_id), 0)
+            assert (await world.events(task_id))[-1].data["status"] == "completed"
+            assert world.started == [session_id]
+        else:
+            assert await world.ended(session_id) == ("failed", "worker_exited", "service_restarted")
+            assert (await world.events(task_id))[-1].data["error"]["code"] == "service_restarted"
+            assert world.started == []

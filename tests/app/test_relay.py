@@ -45,12 +45,19 @@ class Host:
     """Who has the relay work for it."""
 
     exits: bool = False
+    runs: bool = True
     delivered: list[str] = field(default_factory=list)
     asked: int = 0
+    looked: int = 0
 
     async def exit_is_near(self) -> bool:
         self.asked += 1
         return self.exits
+
+    async def is_running(self) -> bool:
+        self.looked += 1
+        self.exits = not self.runs and self.looked == 3  # its exit is told late
+        return self.runs
 
 
 async def relay(
@@ -70,6 +77,7 @@ async def relay(
         delivered=lambda: host.delivered.append("t_1"),
         exit_is_near=host.exit_is_near,
         sealed=sealed,
+        is_running=host.is_running,
     )
 
 
@@ -152,18 +160,33 @@ async def test_a_task_that_broke_before_its_first_event_is_sent_again(path: str,
         assert [method for method, *_ in worker.calls] == ["POST", "POST"]
 
 
-@pytest.mark.parametrize("status", [400, 404, 500, 503])
-async def test_a_task_that_is_not_taken(path: str, stream: Stream, status: int) -> None:
-    """It fails, and the worker is not to be blamed for it."""
+@pytest.mark.parametrize(("status", "times"), [(400, 1), (404, 1), (500, 1), (503, 1 + REATTACH_TRIES)])
+async def test_a_task_that_is_not_taken(path: str, stream: Stream, status: int, times: int) -> None:
+    """It fails, and the worker is not to be blamed for it; one that is not ready was asked a few times."""
     host = Host()
     async with listening(path, answers(status, {})) as worker:
         found = await relay(worker, stream, host=host)
+        assert len(worker.calls) == times
     assert found is not None
     state, failure, _ = found
     assert failure is not None
     assert (state, failure.code, failure.from_worker) == (TaskState.FAILED, "worker_protocol", True)
     assert str(status) in failure.message
     assert host.delivered == []
+
+
+async def test_a_worker_that_is_not_ready_is_asked_again(path: str, stream: Stream) -> None:
+    """A worker that is not ready may be so a moment later; the task was not taken before, so it runs once."""
+    async with listening(path, in_turn(answers(503, {}), streams(delta(1), end(2)))) as worker:
+        assert await relay(worker, stream) == COMPLETED
+        assert [method for method, *_ in worker.calls] == ["POST", "POST"]
+
+
+async def test_a_worker_that_has_begun_to_stop(path: str, stream: Stream) -> None:
+    """It says that it is not ready, and then its exit tells: that is no breach of the contract."""
+    async with listening(path, answers(503, {})) as worker:
+        assert await relay(worker, stream, host=Host(exits=True)) is None
+        assert len(worker.calls) == 1
 
 
 # -- taking up again --------------------------------------------------------------------------------------
@@ -201,6 +224,17 @@ async def test_patience_ends(path: str, stream: Stream) -> None:
             await relay(worker, stream, host=host)
         assert len(worker.calls) == host.asked == 1 + REATTACH_TRIES
     assert await deltas(stream) == ["d1"]
+
+
+@pytest.mark.parametrize("how", [cut_off(), answers(503, {})])
+async def test_patience_lasts_until_it_is_known_whether_the_worker_runs(
+    path: str, stream: Stream, how: Handler
+) -> None:
+    """While the runtime cannot say that the worker runs, its exit may have come and is only told later."""
+    host = Host(runs=False)
+    async with listening(path, how) as worker:
+        assert await relay(worker, stream, host=host) is None
+        assert len(worker.calls) == REATTACH_TRIES + 1 + host.looked
 
 
 async def test_the_workers_own_end_tells_more(path: str, stream: Stream) -> None:

@@ -7,13 +7,17 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import orjson
 import pytest
 from docker import APIClient
 from docker.errors import APIError
 
 from gpu_server.drivers.breaker import Breaker
+from gpu_server.drivers.docker import DockerRuntime
+from gpu_server.drivers.docker_body import LABEL_INSTANCE
 from gpu_server.drivers.docker_calls import EngineCalls, refused, unreachable
-from gpu_server.ports import OutputLost, RuntimeUnreachable, StartRefused
+from gpu_server.drivers.docker_events import NEVER_STARTED
+from gpu_server.ports import OutputLost, RuntimeUnreachable, StartRefused, StartUnanswered
 from tests.drivers.played_engine import PlayedEngine
 
 LIMIT = 0.2
@@ -147,3 +151,27 @@ def test_what_an_error_answer_means_depends_on_what_was_asked() -> None:
         raise APIError("500", explanation="no such device")
     with pytest.raises(RuntimeUnreachable, match="no such device"), unreachable():
         raise APIError("500", explanation="no such device")
+
+
+@pytest.mark.parametrize("breaks", ["/containers/w/json", "/containers/c/start"])
+async def test_an_order_to_start_without_an_answer(engine: PlayedEngine, breaks: str) -> None:
+    """An engine that breaks off when it was ordered to start a worker is told apart from one that was not."""
+    content = orjson.dumps(
+        {
+            "Id": "c",
+            "Name": "/w",
+            "Config": {"Labels": {LABEL_INSTANCE: "here"}},
+            "State": {"StartedAt": NEVER_STARTED, "Running": False},
+        }
+    )
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
+    engine.answers = {"/containers/w/json": head + content, "/events": head[:8], breaks: b""}
+    runtime = DockerRuntime("here", engine.host)
+    await runtime.open(lambda exit_: None)
+    try:
+        with pytest.raises(RuntimeUnreachable) as raised:
+            await runtime.start("w")
+        assert isinstance(raised.value, StartUnanswered) is (breaks == "/containers/c/start")
+        assert ("/containers/c/start" in engine.asked) is (breaks == "/containers/c/start")
+    finally:
+        await runtime.close()

@@ -18,6 +18,7 @@ from gpu_server.drivers.worker_link import (
     LinkBroken,
     TaskRefused,
     TaskUnknown,
+    WorkerNotReady,
 )
 from gpu_server.frames import ProtocolFault
 from tests.app.played_worker import Call, end, frame
@@ -128,6 +129,16 @@ async def test_an_unknown_task(path: str) -> None:
         with pytest.raises(TaskRefused) as refused:
             await worker.link.run("t_1", BODY, Heard())
         assert not isinstance(refused.value, TaskUnknown)
+
+
+async def test_a_worker_that_is_not_ready(path: str) -> None:
+    """A worker that takes no task now is told apart from one that refuses this one."""
+    async with listening(path, answers(503, {})) as worker:
+        with pytest.raises(WorkerNotReady):
+            await worker.link.run("t_1", BODY, Heard())
+        with pytest.raises(TaskRefused) as refused:
+            await worker.link.attach("t_1", Heard())
+        assert not isinstance(refused.value, WorkerNotReady)
 
 
 @pytest.mark.parametrize("oldest", [6, 10**15 - 1])

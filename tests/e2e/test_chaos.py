@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import aiohttp
@@ -121,10 +122,10 @@ class Chaos:
         task_id, end = events[0].data["task_id"], events[-1].data
         assert task_id not in self.tasks, "two submissions became one task"
         self.tasks.add(task_id)
-        story = "\n".join(f"{e.id} {e.event} {str(e.data)[:300]}" for e in events[:6] + events[-4:])
         said = [e.data["delta"] if kind != "program" else e.data["line"] for e in events if e.event in SAID]
         wanted = [str(n) if kind == "program" else f"tok{n} " for n in range(count)]
         was_ready = events[0].data["status"] == "session_ready"
+        story = _story(kind, events, said, wanted)
         if end.get("error", {}).get("code") in (self.honest if was_ready else self.honest_of_starts):
             assert said == wanted[: len(said)], story
             self.done[f"failed honestly: {end['error']['code']}"] += 1
@@ -153,6 +154,15 @@ class Chaos:
 
 
 SAID = ("text_delta", "logs")
+
+
+def _story(kind: str, events: list[TaskEvent], said: list[str], wanted: list[str]) -> str:
+    """What happened; the last line says most, since a run's report may be cut from the front."""
+    seen = [f"{e.id} {e.event} {str(e.data)[:300]}" for e in events[:6] + events[-4:]]
+    right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(said, wanted, strict=False)))
+    end = {name: events[-1].data.get(name) for name in ("status", "error")}
+    status = events[0].data.get("status")
+    return "\n".join([*seen, f"{kind}, {status}: said {len(said)} of {len(wanted)}, {right} right; {end}"])
 
 
 @pytest.mark.slow
