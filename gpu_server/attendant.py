@@ -465,7 +465,8 @@ class Attendant:
             try:
                 await self._link.cancel(task_id)
             except (LinkBroken, TaskRefused) as problem:
-                self._log.debug("task.cancel_not_delivered", task_id=task_id, reason=str(problem))
+                reason = type(problem).__name__ if self.plan.sealed else str(problem)  # it may quote it
+                self._log.debug("task.cancel_not_delivered", task_id=task_id, reason=reason)
                 await asyncio.sleep(CANCEL_RETRY_SECONDS)
             else:
                 return

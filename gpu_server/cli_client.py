@@ -44,7 +44,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a l
 DEFAULT_URL = "http://127.0.0.1:8001"
 MAX_MESSAGE = 2000
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a terminal obeys; not tabs and line ends."""
+"""What a terminal obeys, but for tabs and line ends."""
 
 
 class EventPrinter:
@@ -87,7 +87,7 @@ def _short(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """Somebody else's words, so that they can neither look like other lines nor move the terminal's cursor."""
+    """Somebody else's words, so that they neither look like other lines nor move the terminal's cursor."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

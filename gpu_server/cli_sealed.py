@@ -82,7 +82,9 @@ def kms_emulator(
     ] = None,
     pcr0: Annotated[
         list[str] | None,
-        typer.Option(metavar="HEX", help="Measurement of an enclave that may use the keys. Without: any."),
+        typer.Option(
+            metavar="HEX", help="Measurement of an enclave that may use the keys of --key. Without: any."
+        ),
     ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="JSON: ARN -> {conditions, secret, enabled}.", dir_okay=False)
@@ -99,6 +101,8 @@ def kms_emulator(
     from gpu_server.kms_emulator import load_keys
     from gpu_server.sealed.attestation import root_fingerprint
 
+    if pcr0 and not key:
+        raise typer.BadParameter("--pcr0 is for the keys of --key: those of a file have their own conditions")
     keys: dict[str, EmulatedKey] = {}
     try:
         roots = [root_fingerprint(path.read_bytes()) for path in root or ()]

@@ -19,6 +19,7 @@ from gpu_server.drivers.enclave_host import EnclaveHost, make_of
 from gpu_server.drivers.enclave_link import EnclaveLink, EnclaveStatus
 from gpu_server.drivers.enclave_process import ProcessEnclave
 from gpu_server.ports import Clock, EnclaveDown, EnclaveHealth, EnclaveRefused, RuntimeUnreachable
+from gpu_server.sealed.frames import Code
 from gpu_server.settings import Settings
 
 T = TypeVar("T")
@@ -35,9 +36,6 @@ FIRST_BACKOFF_SECONDS: Final = 0.5
 LAST_BACKOFF_SECONDS: Final = 60.0
 STEADY_SECONDS: Final = 60.0
 """An enclave that lived for so long is started again without the backoff of those before it."""
-
-ENCLAVE_UID: Final = 65532
-"""Who the enclave's container runs as, where the service is root; else as the service's own user."""
 
 log = structlog.get_logger()
 
@@ -183,9 +181,9 @@ class EnclaveSupervisor:
         """Ask one that runs how it is. Raises `EnclaveDown` when it has to be started again."""
         try:
             status = await self._link.status()
-        except EnclaveRefused:
-            return  # busy, so alive
-        except EnclaveDown as error:
+        except (EnclaveDown, EnclaveRefused) as error:
+            if isinstance(error, EnclaveRefused) and error.code == Code.BUSY:
+                return  # so it is alive
             self._misses += 1
             self._health = _down(str(error))
             if (why := await self._host.ended()) is not None:
@@ -199,16 +197,19 @@ class EnclaveSupervisor:
         """Start it anew, and see it ready. Raises `EnclaveDown` and `RuntimeUnreachable`."""
         self._up, self._health = False, _down("it is being started")
         self._link.close()
+        await self._host.stop(STOP_GRACE_SECONDS)  # the runner's is to terminate its enclave
         if self._had_one:
             self.restarts += 1
         self._had_one = True
-        await self._host.stop(STOP_GRACE_SECONDS)  # the runner's is to terminate its enclave
         until = self._clock.now() + BOOT_SECONDS
         await self._host.start()
         while True:
             try:
                 status = await self._link.status()
-                break
+                if status.epoch is None:
+                    break
+                # Not made by us: the one before, which is not quite gone, or somebody was faster with INIT.
+                why = "what answers already has its key"
             except EnclaveRefused as error:
                 why = str(error)
             except EnclaveDown as error:
@@ -265,7 +266,8 @@ def enclave_of(
         return EnclaveSupervisor(host, link, mode="nitro", clock=BootClock())
     folder = _folder(run_dir, instance)
     if runtime_name == "docker":
-        uid = ENCLAVE_UID if os.geteuid() == 0 else os.geteuid()
+        # Where we are root: nobody's, for certain no worker's (those count up from the base).
+        uid = settings.worker_uid_base - 1 if os.geteuid() == 0 else os.geteuid()
 
         def body(image: Mapping[str, Any]) -> dict[str, Any]:
             return simulated_body(image, folder=folder, uid=uid)

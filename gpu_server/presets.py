@@ -249,9 +249,12 @@ class Presets:
         return next(((name, preset) for name, preset in presets.items() if preset.openai), None)
 
     def openai_models(self) -> list[str]:
-        """The models that the OpenAI routes serve, but those whose image may not be started."""
+        """The models that the OpenAI routes serve, but those whose image may not be started, or which take
+        sealed requests only."""
         return [
-            model_id for model_id, _, preset in self if preset.openai and self.allows(preset.docker_image)
+            model_id
+            for model_id, _, preset in self
+            if preset.openai and preset.sealed != "required" and self.allows(preset.docker_image)
         ]
 
     def allows(self, image: str) -> bool:

@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/setup.sh
 source scripts/lib/setup.sh
 setup
-exec .venv/bin/python scripts/make_sealed_vectors.py "$@"
+exec .venv/bin/python -m scripts.make_sealed_vectors "$@"

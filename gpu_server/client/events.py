@@ -3,7 +3,7 @@ service uses it)."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -80,7 +80,7 @@ class EventParser:
         return event
 
 
-async def read_events(content: Pieces) -> AsyncIterator[TaskEvent]:
+async def read_events(content: Pieces) -> AsyncGenerator[TaskEvent, None]:
     """The events of a body. Raises `Unreadable`."""
     parser = EventParser()
     async for piece in content.iter_any():

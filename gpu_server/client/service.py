@@ -25,7 +25,7 @@ FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 5.0
 MAX_RETRY_AFTER_SECONDS = 30.0
 SILENCE_SECONDS: Final = 120.0
-"""Eight times as long as the service, as it is set by default, says nothing in a stream (SSE_PING_SECONDS)."""
+"""Eight times what a stream is silent for at most, by the default of SSE_PING_SECONDS."""
 MAX_ANSWER_BYTES: Final = 32 << 20
 """Of an answer that is no stream."""
 AWAY = frozenset({502, 503, 504})

@@ -58,7 +58,7 @@ class ContainerEnclave:
                 return False
             try:
                 wanted = self._made(client)[1]
-            except ImageNotFound:
+            except (ImageNotFound, EnclaveDown):
                 return True  # there is nothing better to be had
             return bool(found["Config"]["Labels"].get(LABEL_MAKE) == wanted)
 

@@ -6,6 +6,7 @@ was made from, also to the next life of the service.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -58,12 +59,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def last_words(output: bytes) -> str:
-    """The last line that a program wrote, shortened; of a line of JSON its `message`."""
+    """The last line that a program wrote, shortened; of a line of JSON its `message`. Only what is printable,
+    since it is logged, and a hostile program may have written it."""
     lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
     if not lines:
         return ""
-    try:
-        said = json.loads(lines[-1])
-    except ValueError:
-        return one_line(lines[-1])
-    return one_line(str(said["message"])) if isinstance(said, dict) and "message" in said else ""
+    words = lines[-1]
+    with contextlib.suppress(ValueError, RecursionError):  # not JSON, or more brackets than anybody reads
+        said = json.loads(words)
+        words = str(said["message"]) if isinstance(said, dict) and "message" in said else ""
+    return one_line("".join(sign if sign.isprintable() else " " for sign in words))

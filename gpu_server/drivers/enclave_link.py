@@ -19,19 +19,22 @@ from typing import Final, Literal
 
 from gpu_server.ports import EnclaveDown, EnclaveRefused
 from gpu_server.sealed.canonical import Value
+from gpu_server.sealed.chunks import ChunkReader
 from gpu_server.sealed.errors import SealedError
-from gpu_server.sealed.frames import Code, FrameReader, Op, Reply, decode_reply, encode_request
+from gpu_server.sealed.frames import Code, Op, Reply, decode_reply, encode_request
 from gpu_server.sealed.grant import EPOCH_BYTES, GRANT_BYTES
+from gpu_server.sealed.names import check_name
 
 Address = Path | tuple[int, int]
 """A Unix socket, or vsock's (CID, port)."""
 
 MAX_DOCUMENT_BYTES: Final = 0x3000
 """An NSM's longest answer."""
-MAX_VERSION_LENGTH: Final = 64
 INIT_SECONDS: Final = 30.0
 """At least so long for INIT: it looks for two big primes, on a machine that may be busy."""
 
+_MAX_REPLY: Final = MAX_DOCUMENT_BYTES + 256
+"""A document and what is around it. Reading is work for the event loop, so no frame of 64 KiB is read."""
 _PIECE: Final = 16384
 _NO_REQUEST: Final = 0
 _MEANING: Final = {
@@ -75,11 +78,10 @@ class EnclaveLink:
         """Ask how it is."""
         match await self._ask(Op.STATUS):
             case ["new", b"", str() as version, ("nitro" | "simulated") as mode]:
-                if len(version) <= MAX_VERSION_LENGTH:
-                    return EnclaveStatus(state="new", epoch=None, version=version, mode=mode)
+                return EnclaveStatus(state="new", epoch=None, version=_version(version), mode=mode)
             case ["ready", bytes() as epoch, str() as version, ("nitro" | "simulated") as mode]:
-                if len(version) <= MAX_VERSION_LENGTH and len(epoch) == EPOCH_BYTES:
-                    return EnclaveStatus(state="ready", epoch=epoch, version=version, mode=mode)
+                if len(epoch) == EPOCH_BYTES:
+                    return EnclaveStatus(state="ready", epoch=epoch, version=_version(version), mode=mode)
         raise _nonsense()
 
     async def init(self, records: Sequence[bytes]) -> bytes:
@@ -203,7 +205,7 @@ async def _writable(sock: socket.socket) -> None:
 
 async def _read(sock: socket.socket) -> Reply:
     """Exactly one reply. Raises `SealedError` and OSError."""
-    frames, loop = FrameReader(), asyncio.get_running_loop()
+    frames, loop = ChunkReader(_MAX_REPLY), asyncio.get_running_loop()
     while True:
         piece = await loop.sock_recv(sock, _PIECE)
         if not piece:
@@ -230,6 +232,14 @@ def _bytes(result: list[Value], shortest: int, longest: int) -> bytes:
         case [bytes() as value] if shortest <= len(value) <= longest:
             return value
     raise _nonsense()
+
+
+def _version(text: str) -> str:
+    """It is logged, so it is a name and nothing else."""
+    try:
+        return check_name(text, "version")
+    except SealedError as error:
+        raise _nonsense() from error
 
 
 def _nonsense() -> EnclaveDown:

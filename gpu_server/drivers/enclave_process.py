@@ -77,12 +77,10 @@ class ProcessEnclave:
         """See the port."""
         record = self._record()
         if record is not None and record.leader is not None and record.boot_id == self._boot_id:
-            if grace > 0:
-                self._signal(record, signal.SIGTERM)
-                await self._wait(record, grace)
-            self._signal(record, signal.SIGKILL)
-            if not await self._wait(record, _KILL_SECONDS):
-                raise RuntimeUnreachable(f"process {record.pid} was killed and does not end")
+            try:
+                await self._end(record, grace)
+            except OSError as error:
+                raise RuntimeUnreachable(f"the processes of this machine cannot be seen: {error}") from error
         remove_folder(self._folder)
 
     def close(self) -> None:
@@ -148,6 +146,14 @@ class ProcessEnclave:
         except ChildProcessError:
             return None
         return os.waitstatus_to_exitcode(status) if pid else None
+
+    async def _end(self, record: ProcessRecord, grace: float) -> None:
+        if grace > 0:
+            self._signal(record, signal.SIGTERM)
+            await self._wait(record, grace)
+        self._signal(record, signal.SIGKILL)
+        if not await self._wait(record, _KILL_SECONDS):
+            raise RuntimeUnreachable(f"process {record.pid} was killed and does not end")
 
     def _signal(self, record: ProcessRecord, number: signal.Signals) -> None:
         if record.leader is not None:

@@ -14,7 +14,6 @@ from datetime import datetime
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
 
@@ -39,13 +38,9 @@ def verify_chain(leaf: bytes, bundle: Sequence[bytes], *, at: datetime) -> Chain
     The caller has decided to trust `bundle[0]`: nothing here looks at whose it is. Raises
     `AttestationRefused`: malformed, expired, or chain.
     """
-    certificates = [_load(der) for der in bundle]
-    root, *intermediates = certificates
-    target = _load(leaf)
+    root, *intermediates = [_load(der, at) for der in bundle]
+    target = _load(leaf, at)
     every = [target, *reversed(intermediates), root]
-    for certificate in every:
-        if not certificate.not_valid_before_utc <= at <= certificate.not_valid_after_utc:
-            raise AttestationRefused("expired", "a certificate of the chain is not valid at that time")
     policy = (
         verification.PolicyBuilder()
         .store(verification.Store([root]))
@@ -57,7 +52,7 @@ def verify_chain(leaf: bytes, bundle: Sequence[bytes], *, at: datetime) -> Chain
         # A root is trusted, but a document that carries one with another's signature is not what it claims.
         root.verify_directly_issued_by(root)
         found = policy.build_client_verifier().verify(target, intermediates).chain
-        key = target.public_key()
+        key, root_name = target.public_key(), _common_name(root)
     except Exception as error:
         # VerificationError, InvalidSignature, and whatever a strange key or name raises.
         raise AttestationRefused("chain", "the chain of certificates does not hold") from error
@@ -69,22 +64,21 @@ def verify_chain(leaf: bytes, bundle: Sequence[bytes], *, at: datetime) -> Chain
     return Chain(
         leaf_key=key,
         expires=min(certificate.not_valid_after_utc for certificate in every),
-        root_name=_common_name(root),
+        root_name=root_name,
     )
 
 
-def _load(der: bytes) -> x509.Certificate:
+def _load(der: bytes, at: datetime) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(der)
         critical = [extension.value for extension in certificate.extensions if extension.critical]
-    except (
-        ValueError,
-        TypeError,
-        x509.InvalidVersion,
-        x509.DuplicateExtension,
-        UnsupportedAlgorithm,
-    ) as error:
+        valid = certificate.not_valid_before_utc <= at <= certificate.not_valid_after_utc
+    except Exception as error:
+        # Much is read only when it is asked for, and what is wrong with it has no one family of errors: a
+        # year 0 raises ValueError, a name of a kind that the library does not know an error of its own.
         raise AttestationRefused("malformed", "a certificate cannot be read") from error
+    if not valid:
+        raise AttestationRefused("expired", "a certificate of the chain is not valid at that time")
     if not all(isinstance(value, _UNDERSTOOD) for value in critical):
         raise AttestationRefused("chain", "a certificate has a critical extension that is unknown here")
     return certificate

@@ -27,7 +27,7 @@ FINAL: Final = b"\x01"
 _LENGTH: Final = 4
 
 
-def pad(data: bytes | memoryview) -> bytes:
+def pad(data: bytes) -> bytes:
     """`data` with its length before it and zeros behind. `Malformed` for more than `MAX_DATA` bytes."""
     if len(data) > MAX_DATA:
         raise Malformed(f"more than {MAX_DATA} bytes in a chunk")
@@ -36,19 +36,19 @@ def pad(data: bytes | memoryview) -> bytes:
 
 def unpad(padded: bytes) -> bytes:
     """What `pad` was given. Raises `Malformed` for anything that `pad` does not give."""
-    count = int.from_bytes(padded[:_LENGTH], "big")
-    end = _LENGTH + count
-    if not padded or len(padded) > MAX_PADDED or end + -end % STEP != len(padded) or any(padded[end:]):
+    size = len(padded)
+    end = _LENGTH + int.from_bytes(padded[:_LENGTH], "big")
+    if not 0 < size <= MAX_PADDED or end + -end % STEP != size or padded[end:] != bytes(size - end):
         raise Malformed("a chunk with wrong padding")
     return padded[_LENGTH:end]
 
 
 def cut(data: bytes, *, final: bool) -> Iterator[tuple[bytes, bytes]]:
     """The chunks that `data` makes: flag and padded plaintext of each. No data and not the end: none."""
-    view = memoryview(data)
-    for at in range(0, max(len(view), 1 if final else 0), MAX_DATA):
-        last = final and at + MAX_DATA >= len(view)
-        yield FINAL if last else MORE, pad(view[at : at + MAX_DATA])
+    size = len(data)
+    for at in range(0, size or int(final), MAX_DATA):
+        last = final and at + MAX_DATA >= size
+        yield FINAL if last else MORE, pad(data[at : at + MAX_DATA])
 
 
 def parse(chunk: bytes) -> tuple[bytes, bytes]:
@@ -76,32 +76,32 @@ class ChunkReader:
         self._max = max_bytes
         self._rest = bytearray()
 
-    def feed(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes | memoryview) -> list[bytes]:
         """The chunks that are complete now. Raises `Malformed` for a length that no chunk has."""
-        if not self._rest:  # the usual case of a whole request: nothing is copied that need not be
-            chunks, taken = self._split(data)
-            self._rest += memoryview(data)[taken:]
-            return chunks
-        self._rest += data
-        chunks, taken = self._split(self._rest)
-        del self._rest[:taken]
-        return chunks
+        return list(self.each(data))
 
-    def _split(self, data: bytes | bytearray) -> tuple[list[bytes], int]:
-        """The whole chunks that `data` begins with, and how many bytes they are."""
-        chunks: list[bytes] = []
+    def each(self, data: bytes | memoryview) -> Iterator[bytes]:
+        """What `feed` gives, one chunk at a time, so that a large message is not there twice. Read it to its
+        end before anything else is fed."""
+        rest = self._rest
+        source: bytes | bytearray | memoryview = data
+        if rest:
+            rest += data
+            source = rest
         at = 0
-        with memoryview(data) as view:
-            while len(view) - at >= _LENGTH:
-                begin = at + _LENGTH
-                size = int.from_bytes(view[at:begin], "big")
-                if not 1 <= size <= self._max:
-                    raise Malformed(f"a length outside 1 to {self._max}")
-                if len(view) - begin < size:
-                    break
-                at = begin + size
-                chunks.append(bytes(view[begin:at]))
-        return chunks, at
+        while len(source) - at >= _LENGTH:
+            begin = at + _LENGTH
+            size = int.from_bytes(source[at:begin], "big")
+            if not 1 <= size <= self._max:
+                raise Malformed(f"a length outside 1 to {self._max}")
+            if len(source) - begin < size:
+                break
+            at = begin + size
+            yield bytes(memoryview(source)[begin:at])
+        if source is rest:
+            del rest[:at]
+        else:
+            rest += memoryview(source)[at:]
 
     def close(self) -> None:
         """The stream has ended. Raises `StreamBroken` in the middle of a chunk."""

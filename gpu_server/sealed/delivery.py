@@ -35,7 +35,8 @@ class Delivery:
     epoch: bytes
     wrapped_key: bytes = field(repr=False)
     grant: bytes = field(repr=False)
-    body: bytes = field(repr=False)
+    body: bytes | memoryview = field(repr=False)
+    """The request as the client sent it; of what was unpacked a view, because it may be large."""
 
     def __post_init__(self) -> None:
         check_name(self.tenant, "the tenant")
@@ -112,6 +113,6 @@ def unpack(data: bytes) -> Delivery:
                 epoch=epoch,
                 wrapped_key=wrapped_key,
                 grant=grant,
-                body=bytes(data[end:]),
+                body=memoryview(data)[end:],
             )
     raise Malformed("not a delivery of a sealed request")

@@ -31,8 +31,8 @@ class StreamBroken(SealedError):
 class AttestationRefused(SealedError):
     """An attestation document that is not accepted.
 
-    `reason` is a short stable code: root, chain, signature, expired, nonce, pcr, debug, malformed, stale or
-    simulated.
+    `reason` is a short stable code: malformed, root, expired, chain, signature, debug, nonce, pcr or
+    stale.
     """
 
     def __init__(self, reason: str, message: str) -> None:

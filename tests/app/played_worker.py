@@ -90,13 +90,19 @@ async def hold(worker: PlayedWorker, call: Call) -> None:
     await call.done()
 
 
+def delta(number: int) -> bytes:
+    return frame(number, "text_delta", delta=f"d{number}")
+
+
 @dataclass
 class Remembering:
     """A worker that keeps what it said: it runs a task once, and can be followed from any event on. It says
     `before` deltas at once, and the others and the end when the test says so.
 
-    `oldest`: it has dropped the events before that one.
+    `oldest`: it has dropped the events before that one. `says` makes other events than deltas.
     """
+
+    says: Callable[[int], bytes] = delta
 
     deltas: int = 6
     before: int = 3
@@ -115,7 +121,7 @@ class Remembering:
         if after + 1 < self.oldest:
             await call.answer(410, {"error": "dropped", "oldest": self.oldest})
             return
-        frames = [frame(n, "text_delta", delta=f"d{n}") for n in range(1, self.deltas + 1)]
+        frames = [self.says(n) for n in range(1, self.deltas + 1)]
         await call.stream(*frames[after : self.before])
         await worker.released.wait()
         await call.send(*frames[max(after, self.before) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gpu_server.ports import SlotReading
 from tests.app.api_world import KEY, Api, api_world
 from tests.app.played_worker import hold
 from tests.app.world import slot_specs
+from tests.fakes.enclave import FakeEnclave
 
 
 async def health(api: Api, tenant: str | None = None) -> tuple[int, dict[str, Any]]:
@@ -173,3 +175,28 @@ async def test_holders(tmp_path: Path) -> None:
             assert [slot["state"] for slot in answer.json["gpus"]] == ["leased", "leased", "free", "free"]
             for secret in (session_id, task_id, queued, other, KEY):
                 assert secret not in answer.raw.decode()
+
+
+# -- the enclave ------------------------------------------------------------------------------------------
+
+
+async def test_the_enclave(tmp_path: Path) -> None:
+    """Its mode, and whether it is there: a node whose enclave is away serves on, and is not quite well."""
+    enclave = FakeEnclave()
+    async with api_world(tmp_path, enclave=enclave) as api:
+        report = (await api.ask("GET", "/health")).json
+        epoch = b64encode(enclave.epoch).decode()
+        assert (report["status"], report["enclave_healthy"]) == ("ok", True)
+        assert report["enclave"] == {"mode": "simulated", "healthy": True, "reason": None, "epoch": epoch}
+        enclave.down = "exit code 1"
+        answer = await api.ask("GET", "/health")
+        assert (answer.status, answer.json["status"]) == (200, "degraded")
+        assert answer.json["enclave"] == {
+            "mode": "simulated",
+            "healthy": False,
+            "reason": "exit code 1",
+            "epoch": None,
+        }
+        hidden = (await api.ask("GET", "/health", tenant=None)).json
+        assert hidden["enclave_healthy"] is False
+        assert hidden["enclave"]["reason"] == "ask with an API key"

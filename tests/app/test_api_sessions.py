@@ -8,6 +8,9 @@ import pytest
 
 from gpu_server.core import events as ev
 from tests.app.api_world import api_world
+from tests.app.sealed_world import sealed_world
+from tests.fakes.enclave import FakeEnclave
+from tests.fakes.key_service import ARN
 
 START = {"model_id": "m", "task_preset": "p"}
 
@@ -36,6 +39,12 @@ async def test_start(tmp_path: Path) -> None:
         ({"task_preset": "nine"}, 422, "no_such_capacity"),
         ({"task_difficulty": "medium"}, 422, "invalid_request"),
         ({"model_id": None}, 422, "invalid_request"),
+        ({"task_preset": None}, 422, "invalid_request"),
+        ({"model_id": None, "task_preset": None}, 422, "invalid_request"),
+        ({"pool": "default"}, 422, "invalid_request"),
+        ({"model_id": None, "task_preset": None, "pool": "unknown"}, 404, "pool_not_found"),
+        ({"task_preset": "closed"}, 403, "sealed_required"),
+        ({"kms_key_arn": ARN}, 503, "enclave_unavailable"),
         ({"metadata": {}}, 422, "invalid_request"),
     ],
 )
@@ -94,3 +103,94 @@ async def test_keepalive(tmp_path: Path) -> None:
             assert answer.status == 200
             assert session.idle_deadline == born + deadline
             assert answer.json["expiry"]["reason"] == ("idle_timeout" if deadline < 250 else "max_lifetime")
+
+
+# -- pools and sealed sessions ----------------------------------------------------------------------------
+
+
+async def test_by_a_pool(tmp_path: Path) -> None:
+    """A pool is another name for a preset, for plain sessions too."""
+    async with api_world(tmp_path) as api:
+        answer = await api.ask("POST", "/api/sessions", {"pool": "one"})
+        assert answer.status == 201
+        shown = answer.json
+        assert (shown["model_id"], shown["task_preset"], shown["sealed"]) == ("m", "two", False)
+        assert (shown["pool"], shown["kms_key_arn"], shown["worker_key"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "pool", "preset"),
+    [
+        ({"pool": "default"}, "default", "p"),
+        ({}, "default", "p"),  # DEFAULT_MODEL_POOL
+        (START, "default", "p"),
+        ({"pool": "closed"}, "closed", "closed"),
+        ({"pool": "other"}, "other", "two"),
+    ],
+)
+async def test_a_sealed_start(tmp_path: Path, body: dict[str, str], pool: str, preset: str) -> None:
+    """It names a key, and has a pool whichever way its preset is named; it shows its worker's key."""
+    async with sealed_world(tmp_path) as sealed:
+        answer = await sealed.api.ask("POST", "/api/sessions", {**body, "kms_key_arn": ARN})
+        started = answer.json
+        assert (answer.status, started["sealed"], started["worker_key"]) == (201, True, None)
+        assert (started["pool"], started["task_preset"], started["kms_key_arn"]) == (pool, preset, ARN)
+        await sealed.api.world.ready(started["session_id"])
+        shown = (await sealed.api.ask("GET", f"/api/sessions/{started['session_id']}")).json
+        assert len(shown["worker_key"]) == 44
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"pool": "never"}, 422, "sealed_not_supported"),
+        ({"pool": "unknown"}, 404, "pool_not_found"),
+        ({"model_id": "m", "task_preset": "two"}, 422, "invalid_request"),  # two pools have it
+        ({"model_id": "m", "task_preset": "q"}, 422, "invalid_request"),  # and none this
+        ({"kms_key_arn": "key"}, 422, "invalid_request"),
+        ({"kms_key_arn": ARN.replace(":key/", ":alias/")}, 422, "invalid_request"),
+        ({"kms_key_arn": ARN + "\n"}, 422, "invalid_request"),
+    ],
+)
+async def test_refused_sealed_starts(tmp_path: Path, body: dict[str, str], status: int, code: str) -> None:
+    """A preset that may not be sealed, a pool that is none or not to be told, and what is no key of KMS."""
+    async with sealed_world(tmp_path) as sealed:
+        answer = await sealed.api.ask("POST", "/api/sessions", {"kms_key_arn": ARN, **body})
+        answer.problem(status, code)
+        assert sealed.api.world.engine.node.sessions == {}
+
+
+async def test_an_enclave_that_is_away(tmp_path: Path) -> None:
+    """A session may be started meanwhile: it is needed only when the session is opened."""
+    enclave = FakeEnclave()
+    enclave.down = "it is being started"
+    async with api_world(tmp_path, enclave=enclave) as api:
+        answer = await api.ask("POST", "/api/sessions", {"pool": "default", "kms_key_arn": ARN})
+        assert answer.status == 201
+
+
+NONCE, WRAPPED = "A" * 43 + "=", "AQID"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"nonce": NONCE},
+        {"nonce": NONCE[4:], "wrapped_key": WRAPPED},
+        {"nonce": "A" * 48, "wrapped_key": WRAPPED},
+        {"nonce": NONCE[:-1] + "*", "wrapped_key": WRAPPED},
+        {"nonce": NONCE, "wrapped_key": ""},
+        {"nonce": NONCE, "wrapped_key": "AQI"},
+        {"nonce": NONCE, "wrapped_key": "A" * 8196},
+        {"nonce": NONCE, "wrapped_key": WRAPPED, "worker_key": NONCE},
+        {"nonce": 1, "wrapped_key": WRAPPED},
+    ],
+)
+async def test_wrong_bodies_of_an_opening(tmp_path: Path, body: dict[str, object]) -> None:
+    """The nonce has 32 bytes, the wrapped key 1 to 6,144, both in base64, and there is nothing else."""
+    async with sealed_world(tmp_path) as sealed:
+        session_id = await sealed.start()
+        answer = await sealed.api.ask("POST", f"/api/sessions/{session_id}/open", body)
+        answer.problem(422, "invalid_request")
+        assert sealed.enclave.calls == []

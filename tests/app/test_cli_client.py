@@ -53,6 +53,36 @@ def test_json_says_what_was_sealed(capsys: pytest.CaptureFixture[str]) -> None:
         assert line == {"id": 3, "event": "task_finish", "data": {"status": "failed"}}
 
 
+FORGED = "x\n\x1b[2J\x9btask_finish  status=completed\r"
+
+
+def test_words_that_are_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a service says can neither look like another line nor move the terminal's cursor; nor is it
+    markup."""
+    printer = EventPrinter(as_json=False, sealed=True)
+    printer.show(TaskEvent(id=1, event="connection", data={"status": FORGED, FORGED: 1, "ü": "é"}))
+    printer.show(TaskEvent(id=1, event=f"[/] {FORGED}", data={}))
+    first, second = capsys.readouterr().out.splitlines()
+    assert (first + second).isprintable()
+    assert r"status=x\n\x1b[2J\x9btask_finish  status=completed\r" in first
+    assert "ü=é" in first
+    assert second.startswith("[/] x")
+    with pytest.raises(typer.Exit):
+        converse(URL, "a key", None, failing(Refused(500, {"detail": FORGED * 10_000})))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    assert len(line) < 4000
+
+
+def test_text_is_only_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """A worker's text has its lines, and nothing else that a terminal obeys."""
+    printer = EventPrinter(as_json=False)
+    printer.show(TaskEvent(id=1, event="text_delta", data={"delta": "one\ntwo\x1b[2J\r[red]ü"}))
+    assert capsys.readouterr().out == "one\ntwo\ufffd[2J\ufffd[red]ü"
+    for data in ({}, {"delta": 7}):
+        printer.show(TaskEvent(id=1, event="text_delta", data=data))
+
+
 def failing(error: BaseException) -> Callable[[Client], Awaitable[None]]:
     async def work(client: Client) -> None:
         raise error
@@ -88,8 +118,8 @@ def test_what_goes_wrong(error: BaseException, words: str, capsys: pytest.Captur
 
 def test_the_exit_status() -> None:
     """A task that did not complete is status 1; one that had nothing left to tell is none."""
-    for status in ("completed", ""):
+    for status in ("completed", None):
         exit_with(status)
-    for status in ("failed", "timeout", "cancelled", "unknown"):
+    for status in ("failed", "timeout", "cancelled", "unknown", ""):
         with pytest.raises(typer.Exit):
             exit_with(status)

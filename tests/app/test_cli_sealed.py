@@ -183,6 +183,19 @@ def test_the_emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert process.wait(10) == 0
 
 
+def test_a_measurement_is_for_the_keys_of_the_command_line(tmp_path: Path) -> None:
+    """Keys of a file have conditions of their own: a measurement that would hold for none of them is an error
+    of usage, and no emulator starts that seems to ask for it."""
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({OTHER_ARN: {}}))
+    arguments = ["--port", "0", "--keys-file", str(keys), "--pcr0", "01" * 48]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, timeout=20, capture_output=True
+    )
+    assert done.returncode == 2
+    assert b"--pcr0" in done.stderr
+
+
 @pytest.mark.parametrize(
     "options",
     [

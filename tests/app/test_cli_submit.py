@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import orjson
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -117,6 +118,16 @@ async def test_an_answer_that_is_not_whole() -> None:
         result = await submit(*SIMULATED, "--pool", POOL, "--prompt", "one two three")
         assert result.exit_code == 1
         assert result.stderr.startswith("Refused by this client")
+
+
+@pytest.mark.parametrize("status", ["", "completed", "failed", "timeout"])
+async def test_an_end_that_nothing_sealed_says(status: str) -> None:
+    """Only a sealed end is status 0: whatever the service says of a task that never ran."""
+    async with service() as (played, submit):
+        finish = orjson.dumps({"status": status})
+        played.stream = lambda frames: [b"id: 1\nevent: task_finish\ndata: %b\n\n" % finish]
+        result = await submit(*SIMULATED, "--pool", POOL, *PROMPT)
+        assert result.exit_code == 1
 
 
 async def test_no_data_key() -> None:

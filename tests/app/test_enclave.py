@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from gpu_server.enclave import (
 )
 from gpu_server.ports import Clock, EnclaveDown, EnclaveRefused
 from gpu_server.sealed.attestation import verify
+from gpu_server.sealed.frames import Code
 from gpu_server.settings import Settings
 from tests.fakes.clock import FakeClock
 from tests.fakes.enclave_host import PCRS, FakeEnclaveHost
@@ -229,12 +231,47 @@ async def test_busy_is_alive(host: FakeEnclaveHost) -> None:
     clock = FakeClock()
     async with running(supervisor(host, clock)) as enclave:
         await healthy(enclave)
-        host.busy = True
+        host.refuses = Code.BUSY
         for _ in range(6):
             await clock.until_slept_to(clock.now() + CHECK_SECONDS)
             clock.advance(CHECK_SECONDS)
         assert enclave.health.healthy
         assert host.starts == 1
+
+
+async def test_one_that_refuses_to_say_how_it_is(host: FakeEnclaveHost) -> None:
+    """Any other refusal of that question is no sign of health: it is started again as if it hung."""
+    async with running(supervisor(host)) as enclave:
+        epoch = await healthy(enclave)
+        host.refuses = Code.INTERNAL
+        await until(lambda: not enclave.health.healthy)
+        await until(lambda: host.starts >= 2)
+        host.refuses = None
+        assert await healthy(enclave) != epoch
+
+
+async def test_one_that_somebody_else_initialised(host: FakeEnclaveHost) -> None:
+    """Who was faster with INIT chose what documents say of the slots; and what is ready right after a start
+    may be the enclave before it, which has not quite gone. Neither is taken for the one that was started."""
+    foreign = EnclaveLink(host.path)
+    start = host.start
+
+    async def and_init() -> None:
+        await start()
+        if host.starts == 1:
+            await foreign.init((b"x" * 32,))
+
+    host.start = and_init  # type: ignore[method-assign]
+    clock = HurriedClock()
+    before = clock.now()
+    async with running(supervisor(host, clock)) as enclave:
+        await until(lambda: "already has its key" in (enclave.health.reason or ""))
+        assert clock.now() - before >= BOOT_SECONDS
+        await healthy(enclave)
+        assert host.starts == 2
+        attested = verify(await enclave.attest(NONCE), nonce=NONCE, pcrs=PCRS, allow_simulated=True)
+        assert attested.slots == ()
+    foreign.close()
 
 
 async def test_an_engine_that_is_away(host: FakeEnclaveHost) -> None:
@@ -259,6 +296,19 @@ async def test_an_engine_that_goes_away(host: FakeEnclaveHost) -> None:
         clock.advance(CHECK_SECONDS)
         await clock.until_slept_to(clock.now() + CHECK_SECONDS)
         assert enclave.health.healthy
+
+
+async def test_restarts_are_starts(host: FakeEnclaveHost) -> None:
+    """While the engine is away nothing can be started, so nothing is counted."""
+    async with running(supervisor(host)) as enclave:
+        await healthy(enclave)
+        host.unreachable = "the engine is away"
+        for _ in range(3):
+            with pytest.raises(EnclaveDown, match="away"):
+                await enclave.restart()
+        host.unreachable = None
+        await healthy(enclave)
+        assert host.starts == 1 + enclave.restarts
 
 
 async def test_another_kind_of_enclave(tmp_path: Path) -> None:
@@ -336,6 +386,17 @@ def settings(**changed: object) -> Settings:
 def test_off(tmp_path: Path) -> None:
     """No enclave unless one is asked for."""
     assert enclave_of(settings(), "docker", "i" * 16, tmp_path, None) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="without root the enclave runs as the service does")
+def test_no_worker_has_its_uid(tmp_path: Path) -> None:
+    """Whatever the workers' uids are: the enclave's folder and socket are closed to all of them."""
+    for base in (1000, 20000, 65532, 65000):
+        wanted = settings(enclave="simulated", worker_uid_base=base)
+        found = enclave_of(wanted, "docker", "i" * 16, tmp_path, None)
+        assert found is not None
+        assert isinstance(found._host, ContainerEnclave)
+        assert 0 < found._host._uid < base
 
 
 @pytest.mark.parametrize(("runtime", "kind"), [("docker", ContainerEnclave), ("process", ProcessEnclave)])

@@ -402,6 +402,10 @@ def test_an_end_may_say_only_so_much() -> None:
 CHUNK = "AQID"
 
 
+def said(number: int | None, event: str, **data: Any) -> bytes:
+    return frame(number, event, data)
+
+
 def sealed_reader(*chunks: bytes) -> tuple[FrameReader, Sink]:
     """What a reader of a sealed session makes of these bytes."""
     sink = Sink()
@@ -413,7 +417,7 @@ def sealed_reader(*chunks: bytes) -> tuple[FrameReader, Sink]:
 
 def test_sealed_events() -> None:
     """A sealed session's worker says base64, and how the task ended."""
-    raw = frame(1, "sealed", data=CHUNK) + frame(2, "sealed", data="AQ==") + end(3)
+    raw = said(1, "sealed", data=CHUNK) + said(2, "sealed", data="AQ==") + end(3)
     reader, sink = sealed_reader(raw)
     assert [(number, name) for number, name, _ in sink.events] == [(1, "sealed"), (2, "sealed")]
     assert reader.end == (TaskState.COMPLETED, None, None)
@@ -422,23 +426,23 @@ def test_sealed_events() -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        frame(1, "text_delta", delta="a word"),
-        frame(1, "text", text="a word"),
-        frame(1, "logs", stream="stdout", line="a word"),
-        frame(1, "artifact", name="a word", media_type="", data=""),
-        frame(1, "error", code="a_word", message="a word"),
-        frame(None, "progress", stage="a word", done=1, total=None),
-        frame(None, "sealed", data=CHUNK),
-        frame(1, "sealed", data=""),
-        frame(1, "sealed", data="a word"),
-        frame(1, "sealed", data="AQI"),
-        frame(1, "sealed", data="AQID\n"),
-        frame(1, "sealed", data="AQID="),
-        frame(1, "sealed", data="A==="),
-        frame(1, "sealed", data=CHUNK, more="a word"),
-        frame(1, "sealed", data=[CHUNK]),
-        frame(1, "sealed"),
-        frame(1, "sealed", data="A" * (1 << 20)),
+        said(1, "text_delta", delta="a word"),
+        said(1, "text", text="a word"),
+        said(1, "logs", stream="stdout", line="a word"),
+        said(1, "artifact", name="a word", media_type="", data=""),
+        said(1, "error", code="a_word", message="a word"),
+        said(None, "progress", stage="a word", done=1, total=None),
+        said(None, "sealed", data=CHUNK),
+        said(1, "sealed", data=""),
+        said(1, "sealed", data="a word"),
+        said(1, "sealed", data="AQI"),
+        said(1, "sealed", data="AQID\n"),
+        said(1, "sealed", data="AQID="),
+        said(1, "sealed", data="A==="),
+        said(1, "sealed", data=CHUNK, more="a word"),
+        said(1, "sealed", data=[CHUNK]),
+        said(1, "sealed"),
+        said(1, "sealed", data="A" * (1 << 20)),
     ],
 )
 def test_a_sealed_session_is_not_spoken_to_in_the_clear(raw: bytes) -> None:
@@ -452,7 +456,7 @@ def test_a_sealed_session_is_not_spoken_to_in_the_clear(raw: bytes) -> None:
 def test_a_plain_session_has_nothing_sealed() -> None:
     """Who reads a plain session's events is not made to take any of them for sealed."""
     with pytest.raises(ProtocolFault, match="may not emit"):
-        read(frame(1, "sealed", data=CHUNK))
+        read(said(1, "sealed", data=CHUNK))
 
 
 @pytest.mark.parametrize(
@@ -461,7 +465,10 @@ def test_a_plain_session_has_nothing_sealed() -> None:
         ({"status": "completed", "usage": {"a word": 1}}, (TaskState.COMPLETED, None)),
         ({"status": "completed", "error": {"code": "a_word", "message": ""}}, (TaskState.COMPLETED, None)),
         ({"status": "failed"}, (TaskState.FAILED, "task_failed")),
-        ({"status": "failed", "error": {"code": "a_word", "message": "a word"}}, (TaskState.FAILED, "task_failed")),
+        (
+            {"status": "failed", "error": {"code": "a_word", "message": "a word"}},
+            (TaskState.FAILED, "task_failed"),
+        ),
         (
             {"status": "failed", "error": {"code": "request_refused", "message": "a word"}},
             (TaskState.FAILED, "request_refused"),
@@ -474,7 +481,7 @@ def test_a_plain_session_has_nothing_sealed() -> None:
 )
 def test_the_plain_end_of_a_sealed_task(data: dict[str, Any], expected: tuple[TaskState, str | None]) -> None:
     """Of it a status and one of two codes are taken: words and figures could be the tenant's."""
-    reader, _ = sealed_reader(frame(1, "end", **data))
+    reader, _ = sealed_reader(said(1, "end", **data))
     assert reader.end is not None
     state, failure, usage = reader.end
     assert (state, failure and failure.code, usage) == (*expected, None)

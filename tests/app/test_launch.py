@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpu_server.core.errors import Refusal, RefusalCode
-from gpu_server.core.sessions import Session, TaskType, Workload
+from gpu_server.core.sessions import Sealing, Session, TaskType, Workload
 from gpu_server.core.slots import Slot, Tier
 from gpu_server.drivers.models import FolderModelStore
 from gpu_server.drivers.spool import Spool
@@ -217,3 +217,21 @@ async def test_a_model_that_is_not_there(bench: Bench, model_id: str) -> None:
 
 def _tell(done: int, total: int | None) -> None:
     pass
+
+
+SEALED = ("SEALED_KMS_KEY_ARN", "SEALED_TENANT", "SEALED_POOL")
+
+
+def test_a_sealed_worker_knows_what_it_serves(bench: Bench) -> None:
+    """The one tenant, key and pool whose grants it may take, from nobody but the service."""
+    env = dict.fromkeys(SEALED, "evil")
+    bench.presets["p"] = PRESET.model_copy(update={"env_vars": env})
+    sealing = Sealing(kms_key_arn="arn", pool="chat")
+    plan = bench.plan(sealing=sealing)
+    spec = plan.launch().spec(FOLDER, None)
+    assert (plan.sealed, spec.sealed) == (True, True)
+    assert [spec.env[name] for name in SEALED] == ["arn", "a", "chat"]
+    plan = bench.plan()
+    spec = plan.launch().spec(FOLDER, None)
+    assert (plan.sealed, spec.sealed) == (False, False)
+    assert not set(SEALED) & set(spec.env)

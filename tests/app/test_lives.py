@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from gpu_server import attendant
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Refusal, RefusalCode
-from tests.app.mortal import Caller, Death, live, mortal_histories
-from tests.app.played_worker import echo, hold
+from gpu_server.core.sessions import Grant, RequestKey, Sealing, TaskType
+from gpu_server.engine import Submission
+from tests.app.mortal import Caller, Death, Killed, live, mortal_histories
+from tests.app.played_worker import echo, frame, hold
 from tests.app.world import IMAGE, PRESET, World, machine_world, slot_specs
 from tests.fakes.journal import MemoryJournal
 from tests.fakes.runtime import FakeScript, Output
@@ -33,6 +36,9 @@ async def _one_thread() -> None:
     """So that what a life has given to a thread ends before what the next one gives."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
 
+
+SEALING = Sealing(kms_key_arn="arn:aws:kms:eu-central-1:111122223333:key/k", pool="chat")
+GRANT = Grant(epoch="", wrapped_key="", grant="")
 
 Story = Callable[[], Awaitable[None]]
 
@@ -93,7 +99,79 @@ class ProgramStory:
         assert self.world.started == [self.caller.session_id]
 
 
-STORIES = [SessionStory, ProgramStory]
+class SealedCaller(Caller):
+    """Submits its one task sealed, as bytes that it sends again and again."""
+
+    def submit(self, session_id: str | None = None, *, preset: str = "p") -> None:
+        if self.world.killed:
+            raise Killed
+        if not self.task_id:
+            assert session_id is not None
+            self.session_id = session_id
+            self.task_id = self.world.engine.submit(
+                Submission(
+                    task_id="t_1",
+                    tenant="a",
+                    task_type=TaskType.SESSION,
+                    tier=None,
+                    model_id="m",
+                    task_preset=preset,
+                    session_id=session_id,
+                    new_session_id="s_none",
+                    timeout=100.0,
+                    body=b"sealed",
+                    key=self.key,
+                    psk_id="psk",
+                )
+            )
+
+
+class SealedStory:
+    """A sealed session that is made, opened and given a task; its client repeats whatever got no answer."""
+
+    def __init__(self, world: World) -> None:
+        world.health["sealed_key"] = b64encode(bytes(32)).decode()
+        world.prepare = lambda worker: worker.released.set()
+        self.world = world
+        self.worker = world.remembers(says=lambda n: frame(n, "sealed", data=f"AA{n:02}"))
+        self.caller = SealedCaller(world, "a", "sealed s_1 r-1")
+
+    async def __call__(self) -> None:
+        world = self.world
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            if not self.caller.ended:
+                group.create_task(self.ask(world))
+            await world.until(lambda: self.caller.ended)
+            if not world.session("s_1").tearing_down:
+                world.engine.decide(ev.SessionKillRequested(session_id="s_1", tenant="a"))
+
+    async def ask(self, world: World) -> None:
+        if world.killed:
+            raise Killed
+        key = RequestKey(name="the session", fingerprint="f")
+        world.engine.request_session(
+            "s_1", tenant="a", tier=None, model_id="m", task_preset="p", key=key, sealing=SEALING
+        )
+        session = world.session("s_1")
+        await world.until(lambda: session.worker_key is not None)
+        if world.killed:
+            raise Killed  # there is nobody who could answer
+        if "psk" not in session.grants:
+            world.engine.open_session("s_1", tenant="a", psk_id="psk", grant=GRANT)
+        await self.caller.call("s_1")
+
+    async def check(self) -> None:
+        await self.caller.saw_everything_once()
+        assert self.caller.seen[-1].data["status"] == "completed"
+        sealed = [event.data["data"] for event in self.caller.seen if event.name == "sealed"]
+        assert sealed == [f"AA{n:02}" for n in range(1, 7)]
+        assert self.worker.ran == [self.caller.task_id]
+        session = self.world.session("s_1")
+        assert (self.world.started, session.sealed_tasks) == (["s_1"], 1)
+        assert list(session.grants) == ["psk"]
+
+
+STORIES = [SessionStory, ProgramStory, SealedStory]
 
 
 def to_its_end(world: World, story: Story) -> Story:

@@ -21,6 +21,7 @@ from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.engine import Submission
 from gpu_server.ports import InventoryError, JournalFailing, SlotInventory
+from gpu_server.sealed.attestation import verify
 from gpu_server.service import Service, StartRefusedByNode, new_id, open_service
 from gpu_server.settings import Settings
 from tests.app.reading import Event, all_events, parse
@@ -490,3 +491,50 @@ def test_ids() -> None:
     ids = {new_id("t") for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(found) == 28 and found.startswith("t_") for found in ids)
+
+
+# -- the enclave ------------------------------------------------------------------------------------------
+
+
+async def healthy(opened: Service) -> bytes:
+    """Wait until the enclave is there; its epoch."""
+    assert opened.enclave is not None
+    async with asyncio.timeout(60):
+        while not opened.enclave.health.healthy:  # noqa: ASYNC110 (it comes by itself)
+            await asyncio.sleep(0.02)
+    epoch = opened.enclave.health.epoch
+    assert epoch is not None
+    return epoch
+
+
+async def test_a_simulated_enclave(tmp_path: Path) -> None:
+    """It is started beside the service, attests itself, and ends with it; everybody is told what it is."""
+    settings = settings_in(tmp_path, enclave="simulated")
+    async with open_service(settings) as opened:
+        epoch = await healthy(opened)
+        assert any("simulated" in warning for warning in opened.warnings)
+        assert opened.enclave is not None
+        document = await opened.enclave.attest(bytes(32))
+        found = verify(document, nonce=bytes(32), pcrs={}, allow_simulated=True)
+        assert (found.epoch, found.simulated) == (epoch, True)
+        assert opened.keys is not None
+    assert not opened.enclave.health.healthy
+    async with open_service(settings) as opened:
+        assert await healthy(opened) != epoch
+
+
+async def test_an_enclave_outlives_a_handover(tmp_path: Path) -> None:
+    """The next version takes it up as it is, and one that wants none removes it."""
+    settings = settings_in(tmp_path, enclave="simulated")
+    async with open_service(settings) as opened:
+        epoch = await healthy(opened)
+        opened.engine.hand_over()
+    async with open_service(settings) as opened:
+        assert await healthy(opened) == epoch
+        opened.engine.hand_over()
+    (socket,) = (tmp_path / "run").glob("*.enclave/enclave.sock")
+    async with open_service(settings_in(tmp_path)) as opened:
+        assert (opened.enclave, opened.keys) == (None, None)
+        async with asyncio.timeout(60):
+            while socket.exists():  # noqa: ASYNC110 (it goes by itself)
+                await asyncio.sleep(0.02)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -67,12 +69,24 @@ async def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataKeyFailed, match="Could not connect") as failed:
         await keys.generate(ARN, CONTEXT)
     assert failed.value.code == "unreachable"
+    with pytest.raises(DataKeyFailed, match="Invalid endpoint"):
+        await AwsDataKeys(endpoint_url="nonsense").generate(ARN, CONTEXT)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(DataKeyFailed, match="credentials"):
         await keys.generate(ARN, CONTEXT)
+
+
+async def test_no_data_key_in_a_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Also who logs all that boto3 does has no data key in the log."""
+    with caplog.at_level(logging.DEBUG):
+        async with KmsEmulator({ARN: EmulatedKey()}) as kms:
+            key = await AwsDataKeys(endpoint_url=kms.url).generate(ARN, CONTEXT)
+    assert "GenerateDataKey" in caplog.text
+    assert b64encode(key.plaintext).decode() not in caplog.text
+    assert repr(key.plaintext) not in caplog.text
 
 
 @pytest.mark.parametrize("arn", ["", "alias/mine", ARN.replace("eu-central-1", "evil.example/"), ARN + " "])

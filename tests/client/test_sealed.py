@@ -80,6 +80,10 @@ async def test_a_sealed_session() -> None:
             assert (session.session_id, session.tenant, session.pool) == ("s_1", TENANT, POOL)
             assert session.assurance == "simulated"
             assert session.attestation.epoch == epoch_of(service.enclave)
+            kept = attestation.verify(
+                session.document, nonce=service.nonces[0], pcrs=EXPECTED.pcrs, allow_simulated=True
+            )
+            assert kept == session.attestation
             first, second = await submit(session), await submit(session, {"prompt": "more"})
         assert said(first) == ["hello", CANARY, "again"]
         assert said(second) == ["more"]
@@ -252,6 +256,7 @@ REFUSED: dict[str, Twist] = {
     "another pool": lambda service: service.session.update(pool="other"),
     "another KMS key": lambda service: service.session.update(kms_key_arn=ARN[:-1] + "2"),
     "no tenant": lambda service: service.session.update(tenant=None),
+    "a state that is none": lambda service: service.session.update(state=["failed"], worker_key=None),
     "a plain session": lambda service: service.session.update(sealed=False, worker_key=None),
     "a worker key of another length": lambda service: service.session.update(worker_key=text(bytes(33))),
 }
@@ -353,9 +358,10 @@ async def test_a_session_that_ends(state: str) -> None:
         with pytest.raises(SessionEnded, match="no image") as ended:
             await opened(client, service)
         assert ended.value.code == "image_missing"
-        service.session = {"worker_key": None, "state": state, "close_reason": "killed"}
-        with pytest.raises(SessionEnded, match="killed"):
-            await opened(client, service)
+        for error in (None, "words", {"code": 7, "message": []}):
+            service.session = {"worker_key": None, "state": state, "close_reason": "killed", "error": error}
+            with pytest.raises(SessionEnded, match="killed"):
+                await opened(client, service)
 
 
 async def test_what_is_not_there_yet() -> None:
@@ -378,6 +384,25 @@ async def test_waiting_is_bounded() -> None:
         service.session = {"worker_key": None}
         with pytest.raises(TimeoutError):
             await opened(client, service, open_seconds=0.05)
+
+
+async def test_reopening_is_bounded() -> None:
+    """A service that never answers does not hold a reopening for ever."""
+    over = asyncio.Event()
+    async with sealed_world() as (client, service):
+        session = await opened(client, service, open_seconds=2)
+        release = service.kms.release
+
+        async def never(**options: Any) -> bytes:
+            await over.wait()
+            return await release(**options)
+
+        service.kms.release = never  # type: ignore[method-assign]
+        try:
+            with pytest.raises(TimeoutError):
+                await session.reopen()
+        finally:
+            over.set()
 
 
 @pytest.mark.parametrize("code", ["kms_denied", "enclave_refused", "decrypt_failed"])
@@ -526,6 +551,42 @@ async def test_a_service_that_dies_for_good() -> None:
         await service.die()
         with pytest.raises(aiohttp.ClientConnectionError):
             await anext(events)
+
+
+LEAVING = """
+import asyncio
+from tests.client.test_sealed import *
+
+async def main(how):
+    global events
+    async with sealed_world() as (client, service):
+        service.stream = lambda frames: frames[:4]
+        async with await opened(client, service) as session:
+            if how == "break":
+                async for event in session.submit(PROMPT):
+                    break
+            elif how == "kept":
+                events = [session.submit(PROMPT) for _ in range(20)]  # the loop closes them in any order
+                for one in events:
+                    await anext(one)
+            elif how == "timeout":
+                try:
+                    async with asyncio.timeout(0.05):
+                        async for event in session.submit(PROMPT):
+                            await asyncio.Event().wait()
+                except TimeoutError:
+                    pass
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("how", ["break", "kept", "timeout"])
+def test_leaving_in_the_middle(how: str) -> None:
+    """Who leaves the loop over the events, with or without keeping the generator, or is cancelled in it,
+    hears nothing of it at the program's end."""
+    done = subprocess.run([sys.executable, "-c", LEAVING, how], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 async def test_many_at_once() -> None:

@@ -137,6 +137,14 @@ def test_the_service_says_that_it_failed(begun: int) -> None:
     assert not told[-1].sealed
 
 
+@pytest.mark.parametrize("status", ["", "Completed", "queued", None, 0, ["failed"]])
+def test_an_end_that_is_none(status: object) -> None:
+    """The service's own word for an end is one of those that mean that the task did not complete."""
+    stream, sealed = sealed_answer(*PLAIN, END)
+    with pytest.raises(SealedStreamBroken):
+        read(stream, [*sealed[:2], TaskEvent(id=6, event="task_finish", data={"status": status})])
+
+
 Attack = Callable[[list[TaskEvent]], list[TaskEvent]]
 
 ATTACKS: dict[str, Attack] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from aiohttp import web
 from gpu_server.client import TaskEvent, Unreadable
 from gpu_server.client.service import (
     FIRST_PAUSE_SECONDS,
+    MAX_ANSWER_BYTES,
     MAX_PAUSE_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
     Client,
@@ -269,21 +272,13 @@ async def test_once_with_the_service(tmp_path: Path) -> None:
 async def test_unreadable_refusal() -> None:
     """An answer of something between that is not JSON is still told."""
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> web.StreamResponse:
         return web.Response(status=502, text="<html>bad gateway</html>")
 
-    app = web.Application()
-    app.router.add_get("/api/sessions", handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        async with Client(f"http://127.0.0.1:{runner.addresses[0][1]}", KEY) as client:
-            with pytest.raises(Refused, match="bad gateway") as refused:
-                await client.call("GET", "/api/sessions")
-            assert (refused.value.status, refused.value.code) == (502, "unknown")
-    finally:
-        await runner.cleanup()
+    async with answering(handle) as url, Client(url, KEY) as client:
+        with pytest.raises(Refused, match="bad gateway") as refused:
+            await client.call("GET", "/api/sessions")
+        assert (refused.value.status, refused.value.code) == (502, "unknown")
 
 
 async def test_what_is_no_answer() -> None:
@@ -294,6 +289,100 @@ async def test_what_is_no_answer() -> None:
         with pytest.raises(Unreadable, match="no event stream"):
             await submit(client)
         assert service.asked == [POST, POST]
+
+
+@asynccontextmanager
+async def answering(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    """Something that answers everything like this; its address."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_an_answer_without_end(status: int) -> None:
+    """No answer, and no refusal, is kept beyond a bound."""
+    written = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal written
+        answer = web.StreamResponse(status=status)
+        await answer.prepare(request)
+        with suppress(ConnectionError):
+            while written < 20 * MAX_ANSWER_BYTES:
+                await answer.write(bytes(1 << 20))
+                written += 1 << 20
+        return answer
+
+    async with answering(endless) as url, Client(url, KEY) as client:
+        with pytest.raises(Unreadable, match="too long"):
+            await client.call("GET", "/api/sessions")
+    assert written < 3 * MAX_ANSWER_BYTES
+
+
+async def test_an_answer_from_elsewhere() -> None:
+    """A redirection is a refusal: neither the key nor what is asked goes where the service points."""
+    asked = []
+
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path)
+        return web.Response(status=307, headers={"Location": "http://127.0.0.1:9/x"})
+
+    async with answering(elsewhere) as url, Client(url, KEY) as client:
+        for work in (client.call("GET", "/api/sessions"), client.call_once("GET", "/x"), submit(client)):
+            with pytest.raises(Refused, match="it is said to be at http") as refused:
+                await work
+            assert refused.value.status == 307
+    assert asked == ["/api/sessions", "/x", "/api/tasks/submit"]
+
+
+async def test_no_cookies() -> None:
+    """What a service wants to be kept for it is not."""
+    cookies = []
+
+    async def baker(request: web.Request) -> web.StreamResponse:
+        cookies.append(dict(request.cookies))
+        return web.json_response({}, headers={"Set-Cookie": "a=b"})
+
+    async with answering(baker) as url, Client(url.replace("127.0.0.1", "localhost"), KEY) as client:
+        for _ in range(2):
+            await client.call("GET", "/api/sessions")
+    assert cookies == [{}, {}]
+
+
+async def test_an_answer_that_is_no_json() -> None:
+    """What a page of something between says is not taken for an answer."""
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        return web.Response(text="<html>please log in</html>")
+
+    async with answering(page) as url, Client(url, KEY) as client:
+        with pytest.raises(Unreadable, match="no JSON"):
+            await client.call("GET", "/api/sessions")
+
+
+async def test_a_service_that_falls_silent() -> None:
+    """A connection on which nothing comes any more, of a machine that lost its power for one, is given up
+    and made anew."""
+    over = asyncio.Event()
+
+    async def silent(service: Played, request: web.Request, stream: web.StreamResponse) -> None:
+        await stream.write(FRAMES[0])
+        await over.wait()
+
+    try:
+        async with played_service(silent, sends(*FRAMES[1:]), silence_seconds=0.2) as (client, service):
+            assert await submit(client) == EVENTS
+            over.set()
+            assert service.asked == [POST, get(1)]
+    finally:
+        over.set()
 
 
 async def test_calling_once() -> None:

@@ -81,6 +81,21 @@ async def test_the_next_life_finds_it(make: Make) -> None:
     assert not await make(Hostname="other").find()
 
 
+async def test_one_that_could_not_be_started_again(make: Make, instance: str) -> None:
+    """What runs is taken up where nothing better can be made now, an enclave whose image file was moved."""
+    first = make()
+    await first.start()
+
+    def body(image: Mapping[str, Any]) -> dict[str, Any]:
+        raise EnclaveDown("there is no enclave image file")
+
+    later = ContainerEnclave(instance, TEST_IMAGE, body)
+    try:
+        assert await later.find()
+    finally:
+        later.close()
+
+
 async def test_a_start_replaces(make: Make, docker_engine: APIClient) -> None:
     """What is left of an earlier one, running or not, is removed first."""
     first = make()

@@ -21,10 +21,14 @@ from gpu_server.drivers.enclave_host import last_words, make_folder, make_of, re
         (b"[1, 2]", ""),
         (b"\xff\xfe broken", "\ufffd\ufffd broken"),
         (b"x" * 5000, "x" * 400),
+        (b"[" * 4096, "[" * 400),
+        (b"\x1b[31mred\x07 \xe2\x80\xaefile", "[31mred file"),
+        (b'{"message": "\\u001b[2Jgone"}', "[2Jgone"),
     ],
 )
 def test_last_words(output: bytes, words: str) -> None:
-    """The last line, of a line of JSON its message, never long and never an error."""
+    """The last line, of a line of JSON its message; never long, never an error, and never more than text: who
+    wrote it may be hostile, and it is logged."""
     assert last_words(output) == words
 
 

@@ -177,7 +177,8 @@ async def test_silence(played: Played) -> None:
         says(Code.OK, "ready", b"e" * 15, "1", "simulated"),
         says(Code.OK, "ready", "e" * 16, "1", "simulated"),
         says(Code.OK, "ready", b"e" * 16, "1", "real"),
-        says(Code.OK, "ready", b"e" * 16, "1" * 65, "nitro"),
+        says(Code.OK, "ready", b"e" * 16, "1" * 129, "nitro"),
+        says(Code.OK, "ready", b"e" * 16, "1\x1b[2J\nforged=1", "nitro"),
         says(Code.OK, "other", b"", "1", "nitro"),
         says(Code.OK, "new", b"", "1", "nitro", "more"),
     ],
@@ -189,6 +190,14 @@ async def test_nonsense(played: Played, link: EnclaveLink, answer: Answer) -> No
         await link.status()
     played.answer = says(Code.OK, "new", b"", "1", "simulated")
     await link.status()
+
+
+async def test_no_answer_is_so_long(played: Played, link: EnclaveLink) -> None:
+    """A length that no answer has is refused at once: to read 64 KiB of empty arrays took a third of a
+    second, in which the service did nothing else."""
+    played.answer = lambda number: (0x4000).to_bytes(4, "big")
+    with pytest.raises(EnclaveDown, match="does not speak as it"):
+        await link.status()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -207,6 +208,22 @@ async def test_no_program(tmp_path: Path) -> None:
     await enclave.start()
     assert "/no/such/program" in await ended(enclave)
     await enclave.stop(0.0)
+
+
+async def test_a_service_without_descriptors(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /proc cannot be read nothing is known, which is an error of the port's: another would end the
+    whole service."""
+    enclave = make()
+    await enclave.start()
+
+    def refuses(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gpu_server.drivers.process_tree.os.listdir", refuses)
+        with pytest.raises(RuntimeUnreachable, match="too many open files"):
+            await enclave.stop(0.0)
+    assert await enclave.ended() is None
 
 
 async def test_one_that_cannot_be_killed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

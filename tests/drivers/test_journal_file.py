@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,22 +14,25 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_server.core.rows import Change, Table
+from gpu_server.core.rows import Change, Table, session_of
 from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.journal_file import APPLICATION_ID, MIGRATIONS, Migration
 from gpu_server.ports import JournalUnusable
+from tests.core.story import Story, work
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {str(number): {"number": number, "words": "x" * 40} for number in range(60)}
 
 
 @contextlib.contextmanager
-def opened(path: Path, migrations: Sequence[Migration] = MIGRATIONS) -> Iterator[SqliteJournal]:
+def opened(path: Path, migrations: Sequence[Migration] = ()) -> Iterator[SqliteJournal]:
+    """A journal of version 1, or of later ones that the test makes up."""
     journal = SqliteJournal(path, migrations=migrations)
     journal.open()
     try:
@@ -79,7 +83,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def is_refused(path: Path, migrations: Sequence[Migration] = MIGRATIONS) -> str:
+def is_refused(path: Path, migrations: Sequence[Migration] = ()) -> str:
     """Why the journal is refused. No byte of it may have changed, and nothing be beside it that was not."""
     before = files(path.parent)
     with pytest.raises(JournalUnusable) as refusal:
@@ -92,8 +96,11 @@ def is_refused(path: Path, migrations: Sequence[Migration] = MIGRATIONS) -> str:
 # -- making -----------------------------------------------------------------------------------------------
 
 
-def test_a_new_journal_says_whose_it_is(path: Path) -> None:
+def test_a_new_journal_says_whose_it_is(tmp_path: Path) -> None:
     """The file names the program and the version of its tables, each of them one of `Table`."""
+    path = tmp_path / "journal.db"
+    with opened(path, MIGRATIONS):
+        pass
     with closing(sqlite3.connect(path)) as shell:
         assert shell.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
         assert shell.execute("PRAGMA user_version").fetchone() == (1 + len(MIGRATIONS),)
@@ -366,3 +373,24 @@ def test_a_step_to_no_sound_journal_is_not_taken(path: Path, statement: str, why
     with pytest.raises(JournalUnusable, match=why):
         SqliteJournal(path, migrations=[spoil]).open()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("serves", "sealed"), [(True, "allowed"), (False, "off")])
+def test_sessions_of_before_sealed_ones(tmp_path: Path, serves: bool, sealed: str) -> None:
+    """Version 2 knows sealed sessions. Those that are there are plain, and go on as they were."""
+    story = Story()
+    story.ask("s1", workload=work(serves_sessions=True))
+    row: dict[str, Any] = json.loads(json.dumps(story.journal.rows()[Table.SESSIONS]["s1"]))
+    for name in ("sealing", "worker_key", "grants", "sealed_tasks"):
+        del row[name]
+    del row["workload"]["sealed"]
+    row["workload"]["serves_sessions"] = serves
+    path = tmp_path / "journal.db"
+    with opened(path) as journal:
+        journal.write([Change(table=Table.SESSIONS, id="s1", row=row)])
+    with opened(path, MIGRATIONS[:1]) as journal:
+        session = session_of("s1", journal.load()[Table.SESSIONS]["s1"])
+    assert (session.sealing, session.worker_key, session.grants, session.sealed_tasks) == (None, None, {}, 0)
+    assert session.workload.sealed == sealed
+    assert session.created_at == story.session().created_at
+    assert "newer version" in is_refused(path)

@@ -10,8 +10,8 @@ import math
 import os
 import socket
 import tempfile
-from base64 import b64encode
 import warnings
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,7 @@ def path() -> Iterator[str]:
 async def test_health(path: str) -> None:
     """A worker that is ready says so; asking again takes the same connection."""
     async with listening(path, answers(200, health_answer())) as worker:
-        expected = WorkerHealth(
-            status="ready", message=None, stage=None, done=0, total=None, sealed_key=None
-        )
+        expected = WorkerHealth(status="ready", message=None, stage=None, done=0, total=None, sealed_key=None)
         assert await worker.link.health() == expected
         assert await worker.link.health() == expected
         assert worker.calls == [("GET", "/health", b"")] * 2

@@ -399,14 +399,11 @@ async def test_a_sealed_task_says_what_it_is(path: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "refusal"), [("POST", TaskRefused), ("GET", ProtocolFault)])
-async def test_nothing_is_kept_of_a_task(
-    path: str, method: str, refusal: type[Exception]
-) -> None:
+async def test_nothing_is_kept_of_a_task(path: str, method: str, refusal: type[Exception]) -> None:
     """A 410 to a task that names no event: it ran, under this id or another, and its answer is gone. A worker
     that was following it may not say that."""
     async with listening(path, answers(410, {"error": "gone", "code": "gone"})) as worker:
+        link = worker.link
+        asked = link.run("t_1", BODY, Heard()) if method == "POST" else link.attach("t_1", Heard(4))
         with pytest.raises(refusal):
-            if method == "POST":
-                await worker.link.run("t_1", BODY, Heard())
-            else:
-                await worker.link.attach("t_1", Heard(4))
+            await asked

@@ -63,12 +63,12 @@ def test_one_register_that_differs_is_enough_to_deny(tmp_path: Path) -> None:
     """Conditions of one statement are ANDed, so each register has a Deny of its own."""
     statements = filled(tmp_path, measured())
     for index in (0, 1, 2):
-        statement = statements[f"NobodyElseDecryptsPCR{index}"]
+        statement = statements[f"NodesDecryptNowhereElsePCR{index}"]
         assert statement["Effect"] == "Deny"
         assert statement["Condition"] == {
             "StringNotEqualsIgnoreCase": {f"kms:RecipientAttestation:PCR{index}": [f"{index + 1:02x}" * 48]}
         }
-    assert "NobodyElseDecrypts" not in statements
+    assert "NodesDecryptNowhereElse" not in statements
 
 
 def test_ways_around_are_denied_by_name(tmp_path: Path) -> None:
@@ -80,13 +80,24 @@ def test_ways_around_are_denied_by_name(tmp_path: Path) -> None:
     assert statements["NodesDoNothingElse"]["Principal"] == {"AWS": NODE}
 
 
+def test_who_may_do_what(tmp_path: Path) -> None:
+    """Only the node's role is ever allowed to decrypt, and no Deny keeps the administrator from changing the
+    policy: KMS refuses a policy that locks its maker out."""
+    statements = filled(tmp_path, measured(PCR8="ee" * 48)).values()
+    allowed = [(s["Principal"]["AWS"], s["Action"]) for s in statements if s["Effect"] == "Allow"]
+    assert [who for who, what in allowed if "kms:Decrypt" in what] == [NODE]
+    assert [who for who, what in allowed if "kms:PutKeyPolicy" in what] == [NAMES["admin-arn"]]
+    everyone = [s for s in statements if s["Effect"] == "Deny" and s["Principal"]["AWS"] != NODE]
+    assert [s["Action"] for s in everyone] == [["kms:ReEncrypt*", "kms:CreateGrant"]]
+
+
 def test_two_images_for_a_rollout(tmp_path: Path) -> None:
     """The old and the new image are both accepted, each register of either."""
     statements = filled(tmp_path, measured(1), measured(16))
     key = "kms:RecipientAttestation:PCR0"
     both = ["01" * 48, "10" * 48]
     assert statements["EnclaveOpensDataKeys"]["Condition"]["StringEqualsIgnoreCase"][key] == both
-    assert statements["NobodyElseDecryptsPCR0"]["Condition"]["StringNotEqualsIgnoreCase"][key] == both
+    assert statements["NodesDecryptNowhereElsePCR0"]["Condition"]["StringNotEqualsIgnoreCase"][key] == both
 
 
 def test_a_signed_image_pins_its_certificate(tmp_path: Path) -> None:
@@ -94,7 +105,7 @@ def test_a_signed_image_pins_its_certificate(tmp_path: Path) -> None:
     statements = filled(tmp_path, measured(PCR8="EE" * 48))
     conditions = statements["EnclaveOpensDataKeys"]["Condition"]["StringEqualsIgnoreCase"]
     assert conditions["kms:RecipientAttestation:PCR8"] == ["ee" * 48]
-    assert "NobodyElseDecryptsPCR8" in statements
+    assert "NodesDecryptNowhereElsePCR8" in statements
 
 
 @pytest.mark.parametrize(

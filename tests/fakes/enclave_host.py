@@ -29,8 +29,8 @@ class FakeEnclaveHost:
         """What `start` fails with."""
         self.unreachable: str | None = None
         """Why nothing is known; every method raises."""
-        self.busy = False
-        """Every request is answered with BUSY."""
+        self.refuses: Code | None = None
+        """What every request is answered with."""
         self._why: str | None = "it was never started"
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
@@ -70,7 +70,7 @@ class FakeEnclaveHost:
 
         def handle(request: Request) -> tuple[Code, Sequence[Value]]:
             unblocked.wait()
-            return (Code.BUSY, ()) if self.busy else program.handle(request)
+            return (self.refuses, ()) if self.refuses is not None else program.handle(request)
 
         self._server = Server(listen_unix(str(self.path)), handle)
         self._thread = threading.Thread(target=self._server.run)

@@ -123,8 +123,8 @@ class FakeEngine:
 class FakeRuntime:
     """`ContainerRuntime` over a `FakeEngine`.
 
-    It keeps what `exec` workers write, and gives nobody what those of sealed sessions write. To the engine, `close` is the same as a kill of the service: nobody
-    listens any more.
+    It keeps what `exec` workers write, and gives nobody what those of sealed sessions write. To the engine,
+    `close` is the same as a kill of the service: nobody listens any more.
 
     Switches: `unreachable` makes every method fail so; `wrong[method]` is raised by that method;
     `gates[method]` holds that method until the event is set (slow), or for ever (never).

@@ -216,6 +216,49 @@ def test_keys_of_another_kind(
     assert refused(made(root, END, SIGNS, key=key()), root) == "chain"
 
 
+@pytest.mark.parametrize(
+    "name", [b"\x30\x02\xa3\x00", b"\x30\x02\xa5\x00"], ids=["x400Address", "ediPartyName"]
+)
+def test_names_that_no_library_reads(root: Holder, name: bytes) -> None:
+    """A kind of name that the library does not know is malformed, whoever signed it."""
+    extension = x509.UnrecognizedExtension(x509.OID_SUBJECT_ALTERNATIVE_NAME, name)
+    assert refused(made(root, END, SIGNS, (extension, False)), root) == "malformed"
+
+
+def test_a_year_that_no_clock_has(root: Holder, below: list[Holder]) -> None:
+    """A certificate that ends in the year 0 is malformed."""
+    *middle, leaf = below
+    ends = f"{root.certificate.not_valid_after_utc:%Y%m%d%H%M%SZ}".encode()
+    assert root.der.count(ends) == 1
+    strange = root.der.replace(ends, b"0000" + ends[4:])
+    with pytest.raises(AttestationRefused) as caught:
+        verify_chain(leaf.der, [strange, *(holder.der for holder in middle)], at=NOW)
+    assert caught.value.reason == "malformed"
+
+
+def renamed(holder: Holder, by: Holder) -> bytes:
+    """The certificate, with names of the simulated root that are no UTF-8, signed again."""
+    wrong = SIMULATED_ROOT_NAME.replace("gpu", "\udcff\udcff\udcff").encode("utf-8", "surrogateescape")
+    certificate = holder.certificate
+    content = certificate.tbs_certificate_bytes.replace(SIMULATED_ROOT_NAME.encode(), wrong)
+    assert wrong in content
+    signature = b""
+    while len(signature) != len(certificate.signature):  # the lengths around it shall stay as they are
+        signature = by.key.sign(content, ec.ECDSA(hashes.SHA384()))
+    signed = holder.der.replace(certificate.tbs_certificate_bytes, content)
+    return signed.replace(certificate.signature, signature)
+
+
+def test_a_root_whose_name_is_no_text() -> None:
+    """A chain that holds, but whose root's name cannot be read, is refused like any other."""
+    root = make_root(NOW)
+    leaf = made(root, END, SIGNS)
+    with pytest.raises(AttestationRefused) as caught:
+        verify_chain(renamed(leaf, root), [renamed(root, root)], at=NOW)
+    assert caught.value.reason == "chain"
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 @pytest.mark.parametrize("der", [b"", b"\x30", b"\x30\x03\x02\x01\x01", b"\x30\x80" * 100, bytes(1024)])
 def test_no_certificates(root: Holder, der: bytes) -> None:
     """What is no certificate is malformed, as leaf, between, and as root."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -143,5 +144,17 @@ def test_content_is_not_shown() -> None:
     exchange = Exchange()
     delivery = unpack(pack(**values(exchange)))
     shown = repr(delivery)
-    for hidden in (delivery.grant, delivery.body, delivery.wrapped_key):
+    for hidden in (delivery.grant, bytes(delivery.body), delivery.wrapped_key):
         assert repr(hidden)[2:-1] not in shown
+
+
+def test_a_large_body_is_not_copied() -> None:
+    """A body is taken out of its delivery where it lies."""
+    data = pack(**(values(Exchange()) | {"body": bytes(1 << 20)}))
+    tracemalloc.start()
+    try:
+        delivery = unpack(data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+    assert len(delivery.body) == 1 << 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +49,29 @@ def test_in_pieces() -> None:
     opener.finish()
     assert opener.finished
     assert opened == b"".join(pieces)
+
+
+def peak(call: Callable[[], object]) -> int:
+    """The most memory that a call takes at one time, in bytes."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_request_is_not_held_twice() -> None:
+    """Sealing and opening take room for what they give and for some chunks, however long a request is: fresh
+    memory costs more time than the cipher does."""
+    exchange, size = Exchange(), 16 * MAX_DATA
+    plaintext = bytes(size)
+    room = size * 9 // 8 + 6 * MAX_DATA
+    body = exchange.sealer.body(plaintext)
+    again = RequestSealer(exchange.binding, exchange.psk, exchange.request_id)
+    assert peak(lambda: again.body(plaintext)) < room
+    opener, chunks = exchange.opener(body)
+    assert peak(lambda: opener.open(memoryview(chunks))) < room
 
 
 def test_a_head_in_clear() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from base64 import b64decode
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from gpu_server.sealed.frames import FrameReader, decode_reply, decode_request
 from gpu_server.sealed.grant import Binding, WorkerKey, open_grant
 from gpu_server.sealed.request import RequestOpener, read_head
 from gpu_server.sealed.response import ResponseOpener
+from scripts import make_sealed_vectors as script
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs/sealed-vectors"
@@ -30,15 +29,6 @@ CANONICAL, GRANT, REQUEST, RESPONSE, FRAMES, DELIVERY = (
     for name in ("canonical", "grant", "request", "response", "frames", "delivery")
 )
 RAW = bytes.fromhex
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_vectors", ROOT / "scripts/make_sealed_vectors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def binding(session: dict[str, str]) -> Binding:
@@ -73,21 +63,19 @@ def opened(body: bytes, request_id: str) -> RequestOpener:
 
 def test_the_files_are_what_the_script_makes() -> None:
     """The script writes the published files, byte for byte, and there are no others."""
-    made = script()
-    assert {path.name for path in FOLDER.glob("*.json")} == set(made.VECTORS)
-    for name in made.VECTORS:
-        assert (FOLDER / name).read_text() == made.render(name), f"run the script: {name} has changed"
+    assert {path.name for path in FOLDER.glob("*.json")} == set(script.VECTORS)
+    for name in script.VECTORS:
+        assert (FOLDER / name).read_text() == script.render(name), f"run the script: {name} has changed"
 
 
 def test_the_script_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It writes into the folder that it is told, and says which files are new."""
-    made = script()
-    assert made.main([str(tmp_path / "new")]) == 0
-    assert capsys.readouterr().out.split() == [word for name in made.VECTORS for word in ("written:", name)]
-    assert made.main([str(tmp_path / "new")]) == 0
+    assert script.main([str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out.split() == [word for name in script.VECTORS for word in ("written:", name)]
+    assert script.main([str(tmp_path / "new")]) == 0
     assert capsys.readouterr().out == ""
     assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {
-        name: (FOLDER / name).read_text() for name in made.VECTORS
+        name: (FOLDER / name).read_text() for name in script.VECTORS
     }
 
 
@@ -121,7 +109,7 @@ def test_requests(vector: dict[str, Any]) -> None:
 def test_the_large_request() -> None:
     """What is known by its digest alone is made again from its rule."""
     (vector,) = REQUEST["by_digest"]
-    body = script().sealer("large").body(bytes(i % 251 for i in range(vector["plaintext_bytes"])))
+    body = script.sealer("large").body(bytes(i % 251 for i in range(vector["plaintext_bytes"])))
     assert (len(body), sha256(body).hexdigest()) == (vector["body_bytes"], vector["body_sha256"])
 
 

@@ -624,7 +624,7 @@ async def test_an_image_without_the_package_says_so(tmp_path: Path, error: str) 
 
 @pytest.mark.parametrize("says", ["raise OSError", "worker.fail"])
 async def test_a_load_that_fails_says_why(tmp_path: Path, says: str) -> None:
-    """In health, which is all that the service reads of a sealed worker; and no task was there to be quoted."""
+    """In health, all that the service reads of a sealed worker: no task has been there to be quoted."""
     program = (
         "import threading\n"
         "from gpu_worker import Worker\n"

@@ -126,8 +126,8 @@ class Tasks:
         return run
 
     def name(self, run: Run, task_id: str) -> None:
-        """Let a run be found by another id too, one that names no other run, for as long as it is kept. Of too
-        many the first and the newest stay."""
+        """Let a run be found by another id too, for as long as it is kept; the id must name no other run. Of
+        too many the first and the newest stay."""
         if task_id not in run.names:
             run.names.append(task_id)
             self._runs[task_id] = run
