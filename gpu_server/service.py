@@ -169,12 +169,12 @@ async def open_service(
                 # Whoever failed to serve, on a port that is taken for one, must not end what was adopted.
                 failed = not in_order and any(node.live_sessions())
                 leave = engine.handed_over or engine.broken is not None or failed
-                if not leave and enclave is not None:
-                    await enclave.stop()
                 if not leave and await engine.shut_down(patience):
                     (settings.state_dir / "runtime").unlink(missing_ok=True)
                     with suppress(OSError):  # there is none, or it is not empty
                         _session_folders(settings, instance).rmdir()
+                if not leave and enclave is not None:  # last: one that hangs takes its time
+                    await enclave.stop()
                 if keys is not None:
                     keys.close()
         log.info("service.handed_over" if engine.handed_over else "service.stopped")
@@ -201,7 +201,9 @@ def _start_work(
     if enclave is not None:
         engine.spawn("enclave", enclave.run())
     else:  # an earlier life may have had one
-        engine.spawn("enclave: leftover", remove_leftover(runtime, instance, settings.run_dir, _docker_host()))
+        engine.spawn(
+            "enclave: leftover", remove_leftover(runtime, instance, settings.run_dir, _docker_host())
+        )
 
 
 def _docker_host() -> str | None:

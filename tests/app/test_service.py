@@ -19,6 +19,7 @@ from gpu_server.core.slots import Tier
 from gpu_server.drivers.inventory import CpuInventory
 from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.process import ProcessRuntime
+from gpu_server.enclave import EnclaveSupervisor
 from gpu_server.engine import Submission
 from gpu_server.ports import InventoryError, JournalFailing, SlotInventory
 from gpu_server.sealed.attestation import verify
@@ -538,3 +539,21 @@ async def test_an_enclave_outlives_a_handover(tmp_path: Path) -> None:
         async with asyncio.timeout(60):
             while socket.exists():  # noqa: ASYNC110 (it goes by itself)
                 await asyncio.sleep(0.02)
+
+
+async def test_sessions_end_before_the_enclave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An enclave that hangs, or cannot be ended, does not hold up the end of the sessions."""
+    live: list[int] = []
+    stop = EnclaveSupervisor.stop
+
+    async def counting(enclave: EnclaveSupervisor) -> None:
+        live.append(len(list(opened.engine.node.live_sessions())))
+        await stop(enclave)
+
+    monkeypatch.setattr(EnclaveSupervisor, "stop", counting)
+    async with open_service(settings_in(tmp_path, enclave="simulated")) as opened:
+        await healthy(opened)
+        submit(opened)
+        assert any(opened.engine.node.live_sessions())
+    assert live == [0]
+    assert not list((tmp_path / "run").glob("*.enclave"))
