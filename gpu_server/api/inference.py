@@ -36,7 +36,7 @@ _POOL_HELP = "The pool that the session was made for; DEFAULT_MODEL_POOL without
 _REQUEST_HELP = "A name of this request, new for each: the same bytes under the same name run once"
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The sealed answer: salt and chunks; or the task's events, where `Accept` asks for them",
+        "description": "The sealed answer: salt and chunks; or events, where `Accept` asks for them",
         "content": {MEDIA_TYPE: {}, "text/event-stream": {}},
     }
 }

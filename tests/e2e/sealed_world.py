@@ -101,6 +101,7 @@ class SealedWorld:
         expect: Expected | None = None,
         session_id: str | None = None,
         allow_simulated: bool = True,
+        within: float = 60,
     ) -> SealedSession:
         """A sealed session that is open."""
         return await open_sealed(
@@ -111,7 +112,7 @@ class SealedWorld:
             keys=self.keys,
             session_id=session_id,
             allow_simulated=allow_simulated,
-            open_seconds=60,
+            open_seconds=within,
         )
 
     def enclave_pids(self) -> list[int]:

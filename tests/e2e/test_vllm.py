@@ -12,6 +12,7 @@ from docker import APIClient
 
 from tests.e2e.harness import Caller, Following, Services
 from tests.e2e.openai_features import FEATURES, Feature, Target
+from tests.e2e.sealed_world import CREDENTIALS, SealedWorld, key_service
 from tests.e2e.vllm_world import ENGINE_ARGS, LOAD_SECONDS, TASKS, VllmService, run_in_image
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2 * LOAD_SECONDS)]
@@ -43,9 +44,19 @@ def services(engine_with_images: APIClient, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def vllm(services: Services, engine_with_images: APIClient) -> VllmService:
-    """The service with the tiny model."""
-    return VllmService(services, engine_with_images)
+def kms_url() -> Iterator[str]:
+    """A KMS for the sealed session."""
+    with pytest.MonkeyPatch.context() as environment, key_service() as url:
+        for name, value in CREDENTIALS.items():
+            environment.setenv(name, value)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vllm(services: Services, engine_with_images: APIClient, kms_url: str) -> VllmService:
+    """The service with the tiny model, which serves sealed requests too."""
+    sealed = {"ENCLAVE": "simulated", "KMS_ENDPOINT_URL": kms_url, **CREDENTIALS}
+    return VllmService(services, engine_with_images, **sealed)
 
 
 @pytest.fixture
@@ -122,6 +133,19 @@ async def test_the_second_task_loads_nothing(caller: Caller, session: str) -> No
             "completion_tokens": 4,
             "total_tokens": 7,
         }
+
+
+async def test_a_sealed_session_says_the_same(
+    vllm: VllmService, caller: Caller, session: str, kms_url: str
+) -> None:
+    """The same worker program in a sealed session: the same text, which the service does not see."""
+    plain = await run(caller, session, prompt=PROMPTS[0], **GREEDY)
+    world = SealedWorld(vllm.service, kms_url)
+    async with await world.open(caller.client, pool="tiny", within=LOAD_SECONDS) as sealed:
+        events = [event async for event in sealed.submit({"prompt": PROMPTS[0], **GREEDY})]
+        assert [event.data["text"] for event in events if event.event == "text"] == [whole(plain)]
+        assert events[-1].sealed
+        assert events[-1].data["usage"] == plain.events[-1].data["usage"]
 
 
 async def test_eight_tasks_are_one_batch(vllm: VllmService, caller: Caller, session: str) -> None:

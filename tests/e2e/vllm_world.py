@@ -41,6 +41,7 @@ def presets_with(runtime: str) -> dict[str, Any]:
     wrong = {**PRESET, "openai": False, "env_vars": {"ENGINE_ARGS": json.dumps({"no_such_argument": 1})}}
     tree = presets(runtime)
     tree["models"]["tiny"] = {"cpu": PRESET, "wrong": wrong}
+    tree["pools"]["tiny"] = {"model_id": "tiny", "task_preset": "cpu"}
     return tree
 
 
@@ -105,12 +106,12 @@ def make_model(engine: APIClient, folder: Path) -> None:
 class VllmService:
     """A service with the tiny model, and the session that the tests share: loading it takes half a minute."""
 
-    def __init__(self, services: Services, engine: APIClient) -> None:
+    def __init__(self, services: Services, engine: APIClient, **settings: object) -> None:
         require_image(engine)
         self.engine = engine
         # The engine shares the processors with all that looks at it, so patience.
         self.service: Service = services.own(
-            CPU_SLOTS=2, SESSION_IDLE_TIMEOUT_SECONDS=600, CANCEL_GRACE_SECONDS=20
+            CPU_SLOTS=2, SESSION_IDLE_TIMEOUT_SECONDS=600, CANCEL_GRACE_SECONDS=20, **settings
         )
         (self.service.folder / "presets.yaml").write_text(yaml.safe_dump(presets_with("docker")))
         self.model = self.service.models / "tiny"
