@@ -185,6 +185,12 @@ def new_id(kind: str) -> str:
     return f"{kind}_{ULID()}"
 
 
+def made_at(entity_id: str) -> int:
+    """When an id was made, in whole seconds since 1970: the same whenever it is asked for, also by another
+    life of the service on a machine whose clock was set meanwhile."""
+    return ULID.from_str(entity_id.partition("_")[2]).milliseconds // 1000
+
+
 def _start_work(
     engine: Engine,
     inventory: SlotInventory,

@@ -16,13 +16,12 @@ from gpu_server.api.openai_answer import TaskAnswer
 from gpu_server.api.openai_bodies import ChatBody, CompletionBody
 from gpu_server.api.openai_stream import Chunks, Heading, Whole
 from gpu_server.api.preferences import IdempotencyKeys
-from gpu_server.api.views import unix_time
 from gpu_server.core.admission import known_request
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.routing import choose_session
 from gpu_server.core.sessions import TaskType
 from gpu_server.engine import Submission
-from gpu_server.service import Service, new_id
+from gpu_server.service import Service, made_at, new_id
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=BoundedRoute)
 
@@ -136,9 +135,7 @@ async def _answer(
     headers = {"X-Session-ID": task.session_id, "X-Request-ID": task_id}
     if task.position is not None:
         headers["X-Queue-Position"] = str(task.position)
-    heading = Heading(
-        chat=chat, task_id=task_id, model=body.model, created=int(unix_time(service, task.created_at))
-    )
+    heading = Heading(chat=chat, task_id=task_id, model=body.model, created=made_at(task_id))
     answer: Chunks | Whole
     logprobs = body.alternatives is not None
     if body.stream:

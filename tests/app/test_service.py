@@ -23,7 +23,7 @@ from gpu_server.enclave import EnclaveSupervisor
 from gpu_server.engine import Submission
 from gpu_server.ports import InventoryError, JournalFailing, SlotInventory
 from gpu_server.sealed.attestation import verify
-from gpu_server.service import Service, StartRefusedByNode, new_id, open_service
+from gpu_server.service import Service, StartRefusedByNode, made_at, new_id, open_service
 from gpu_server.settings import Settings
 from tests.app.reading import Event, all_events, parse
 
@@ -492,6 +492,12 @@ def test_ids() -> None:
     ids = {new_id("t") for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(found) == 28 and found.startswith("t_") for found in ids)
+
+
+def test_an_id_says_when_it_was_made() -> None:
+    """In whole seconds since 1970, and always the same."""
+    assert made_at("t_01ARZ3NDEKTSV4RRFFQ69G5FAV") == 1469922850
+    assert abs(made_at(new_id("s")) - time.time()) < 60
 
 
 # -- the enclave ------------------------------------------------------------------------------------------
