@@ -35,6 +35,8 @@ from gpu_server.sealed.grant import GRANT_BYTES, Binding
 
 MAX_AT_ONCE = 16
 """Openings at one time; each more is refused, and comes again in a moment."""
+MAX_OF_ONE_SESSION = 2
+"""Of those. A tenant whose key service is slow to answer does not take the turns of all others."""
 BUSY_RETRY_SECONDS = 1
 STEP_SECONDS = 30.0
 """The longest that one step may take; enclave and key service have shorter limits of their own."""
@@ -77,7 +79,7 @@ class Opening:
     def __init__(self, engine: Engine, enclave: Enclave | None, keys: KeyService | None) -> None:
         self.outcomes: Counter[str] = Counter()
         self._engine, self._enclave, self._keys = engine, enclave, keys
-        self._under_way = 0
+        self._under_way: Counter[str] = Counter()
 
     def require_enclave(self) -> Enclave:
         """The enclave of this node, up or not. Raises `Refusal` where there is none."""
@@ -118,7 +120,7 @@ class Opening:
                     context={"tenant": tenant, "pool": sealing.pool},
                     document=document,
                 )
-            async with _told_as_refusals(session):
+            async with _told_as_refusals(session), _same_life(enclave, attestation):
                 grant = await enclave.grant(
                     tenant=tenant,
                     pool=sealing.pool,
@@ -156,14 +158,17 @@ class Opening:
 
     @asynccontextmanager
     async def _one_more(self, session: Session) -> AsyncIterator[None]:
-        if self._under_way >= MAX_AT_ONCE:
+        if self._under_way.total() >= MAX_AT_ONCE:
             message = f"{MAX_AT_ONCE} sessions are being opened, which is the most at once"
             raise _refusal(session, RefusalCode.ENCLAVE_BUSY, message)
-        self._under_way += 1
+        if self._under_way[session.id] >= MAX_OF_ONE_SESSION:
+            message = f"session {session.id} is being opened {MAX_OF_ONE_SESSION} times already"
+            raise _refusal(session, RefusalCode.ENCLAVE_BUSY, message)
+        self._under_way[session.id] += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._under_way -= Counter((session.id,))  # which drops it at none
 
     async def _look_into(
         self, document: bytes, nonce: bytes, enclave: Enclave, session: Session
@@ -186,6 +191,17 @@ class Opening:
             message = f"the enclave's attestation document is not valid: {refused}"
             raise _refusal(session, RefusalCode.ATTESTATION_FAILED, message) from refused
         return found
+
+
+@asynccontextmanager
+async def _same_life(enclave: Enclave, attested: Attestation) -> AsyncIterator[None]:
+    """What the enclave refuses because it is not the one that was attested any more may be asked again."""
+    try:
+        yield
+    except EnclaveRefused as refused:
+        if enclave.health.epoch == attested.epoch:
+            raise
+        raise EnclaveDown("it was started anew meanwhile, with another key") from refused
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ start.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,9 @@ router = APIRouter(tags=["health"])
 
 FILES_SECONDS = 2.0
 """A file system that takes longer says nothing now: its figures are null."""
+MAX_LOOKS = 4
+"""Looks at the file system at one time."""
+_looks = threading.BoundedSemaphore(MAX_LOOKS)
 _PROMETHEUS = ("text/plain", "application/openmetrics-text")
 _LIVE = tuple(s for s in SessionState if s not in (SessionState.CLOSED, SessionState.FAILED))
 _ENDS = (TaskState.COMPLETED, TaskState.FAILED, TaskState.TIMEOUT, TaskState.CANCELLED)
@@ -86,7 +90,7 @@ _ANSWERS = {200: {"model": Metrics, "content": {media_type: {} for media_type in
 async def metrics(request: Request, service: TheService, tenant: Tenant) -> Response:
     """Figures of the whole node, whatever the tenant."""
     accept = ",".join(request.headers.getlist("accept")).lower()
-    if any(media_type in accept for media_type in _PROMETHEUS):
+    if "json" not in accept and any(media_type in accept for media_type in _PROMETHEUS):
         encode, content_type = choose_encoder(accept)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_OfNode(service))
@@ -161,12 +165,19 @@ def _loaded(service: Service) -> dict[str, int]:
 
 async def _on_disk(service: Service) -> tuple[bool | None, tuple[str, ...] | None]:
     """Whether the mount of the models is there, and what is in the store. A mount that hangs holds up
-    nobody."""
+    nobody, and few threads, however long it is asked about."""
     mount: Path = service.settings.fsx_mount_point
+    if not _looks.acquire(blocking=False):
+        return None, None
+
+    def look() -> tuple[bool, tuple[str, ...]]:
+        try:
+            return mount.is_dir(), service.models.names()
+        finally:
+            _looks.release()
+
     try:
-        return await call_in_thread(
-            lambda: (mount.is_dir(), service.models.names()), limit=FILES_SECONDS, name="metrics-files"
-        )
+        return await call_in_thread(look, limit=FILES_SECONDS, name="metrics-files")
     except (OSError, TimeoutError):
         return None, None
 

@@ -161,6 +161,16 @@ async def test_other_bytes_under_the_same_name(tmp_path: Path) -> None:
         assert sealed.api.world.session(client.session_id).state == "ready"
 
 
+@pytest.mark.parametrize("change", [{"x_model_pool": "one"}, {"x_kms_key_arn": OTHER_ARN}])
+async def test_the_same_bytes_with_other_headers(tmp_path: Path, change: dict[str, str]) -> None:
+    """They are another request, also while the answer of the first is known."""
+    async with sealed_world(tmp_path) as sealed:
+        client = await sealed.client()
+        request = client.seal("x")
+        assert (await client.send(request)).status == 200
+        (await client.send(request, **change)).problem(409, "replay")
+
+
 async def test_names_belong_to_sessions(tmp_path: Path) -> None:
     """The same request id in another session is another request."""
     async with sealed_world(tmp_path) as sealed:
@@ -230,6 +240,8 @@ async def test_a_key_without_a_grant(tmp_path: Path) -> None:
         elsewhere = SealedClient(sealed.api, other, replace(opened.binding, session_id=other), opened.psk)
         problem = (await elsewhere.send(elsewhere.seal("x"))).problem(409, "session_not_open")
         assert problem["session_id"] == other
+        await sealed.api.ask("DELETE", f"/api/sessions/{other}")  # then opening it would be no use
+        (await elsewhere.send(elsewhere.seal("x"))).problem(409, "session_closed")
 
 
 async def test_a_plain_session(tmp_path: Path) -> None:

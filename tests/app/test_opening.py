@@ -194,6 +194,21 @@ async def test_the_session_ends_meanwhile(tmp_path: Path, step: Op | str) -> Non
         opening.result().problem(409, "session_closed")
 
 
+async def test_the_enclave_is_started_anew_meanwhile(tmp_path: Path) -> None:
+    """What was released to the one before is of no use to the new one: that passes by asking again."""
+    async with sealed_world(tmp_path) as sealed:
+        session_id, gate = await sealed.start(), asyncio.Event()
+        sealed.enclave.gates[Op.GRANT] = gate
+        async with asyncio.TaskGroup() as group:
+            opening = group.create_task(sealed.ask_to_open(session_id, wrapped(sealed)))
+            await _until(lambda: Op.GRANT in sealed.enclave.calls)
+            sealed.enclave.restart()
+            gate.set()
+        opening.result().problem(503, "enclave_unavailable")
+        assert opening.result().headers["Retry-After"] == "5"
+        await sealed.open(session_id)
+
+
 async def _until(holds: object) -> None:
     assert callable(holds)
     async with asyncio.timeout(20):
@@ -219,20 +234,25 @@ async def test_a_client_that_goes_away(tmp_path: Path) -> None:
 
 
 async def test_so_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Openings are bounded; whoever comes too many is told to come again, and later has its turn."""
-    monkeypatch.setattr(opening, "MAX_AT_ONCE", 2)
+    """Openings are bounded, of all sessions and of one, which takes no other's turn; whoever comes too many
+    is told to come again, and later has its turn."""
+    monkeypatch.setattr(opening, "MAX_AT_ONCE", 3)
     async with sealed_world(tmp_path) as sealed:
-        session_id, gate = await sealed.start(), asyncio.Event()
+        greedy, other, gate = await sealed.start(), await sealed.start(), asyncio.Event()
         sealed.enclave.gates[Op.HELLO] = gate
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(sealed.ask_to_open(session_id, wrapped(sealed))) for _ in range(2)]
+            asked = [group.create_task(sealed.ask_to_open(greedy, wrapped(sealed))) for _ in range(2)]
             await _until(lambda: len(sealed.enclave.calls) == 2)
-            answer = await sealed.ask_to_open(session_id, wrapped(sealed))
-            answer.problem(503, "enclave_busy")
-            assert answer.headers["Retry-After"] == "1"
+            one_more = await sealed.ask_to_open(greedy, wrapped(sealed))
+            asked.append(group.create_task(sealed.ask_to_open(other, wrapped(sealed))))
+            await _until(lambda: len(sealed.enclave.calls) == 3)
+            for answer in (one_more, await sealed.ask_to_open(other, wrapped(sealed))):
+                answer.problem(503, "enclave_busy")
+                assert answer.headers["Retry-After"] == "1"
             gate.set()
-        assert [one.result().status for one in asked] == [200, 200]
-        assert (await sealed.ask_to_open(session_id, wrapped(sealed))).status == 200
+        assert [one.result().status for one in asked] == [200, 200, 200]
+        for session_id in (greedy, other):
+            assert (await sealed.ask_to_open(session_id, wrapped(sealed))).status == 200
 
 
 @pytest.mark.parametrize(("who", "code"), [("enclave", "enclave_unavailable"), ("keys", "kms_down")])
