@@ -38,7 +38,7 @@ MAX_AT_ONCE = 16
 MAX_OF_ONE_SESSION = 2
 """Of those. A tenant whose key service is slow to answer does not take the turns of all others."""
 BUSY_RETRY_SECONDS = 1
-STEP_SECONDS = 30.0
+STEP_SECONDS = 40.0
 """The longest that one step may take; enclave and key service have shorter limits of their own."""
 GRANTED = "granted"
 

@@ -15,10 +15,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
+import structlog
 from docker import APIClient
 from docker.errors import APIError, ImageNotFound, NotFound
 
 from gpu_server.core.errors import FailureCode
+from gpu_server.drivers import docker_leftover
 from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.drivers.docker_api import attach, create_container, inspect_image, short
 from gpu_server.drivers.docker_body import (
@@ -48,6 +50,8 @@ from gpu_server.ports import (
 )
 
 _CONFLICT: Final = 409
+
+log = structlog.get_logger()
 
 
 class DockerRuntime:
@@ -319,13 +323,22 @@ class DockerRuntime:
                 del self._exits[container_id]
 
     async def _remove_for_certain(self, container_id: str) -> None:
-        """SIGKILL and remove, until the engine says that there is no such container."""
+        """SIGKILL and remove, until the engine says that there is no such container; and not before all of its
+        processes are gone, whatever the engine knows of them."""
         deadline = time.monotonic() + self._call_timeout
         pause = 0.02
         problem = "it is still there"
 
         def attempt(client: APIClient) -> str | None:
             nonlocal problem
+            with contextlib.suppress(NotFound):
+                runs = client.inspect_container(container_id)["State"]["Running"]
+                # Before it is removed: without its id nobody could find them again.
+                if not runs and (outliving := docker_leftover.processes_of(container_id)):
+                    log.warning("container.outlived", container_id=container_id, processes=len(outliving))
+                    docker_leftover.kill(outliving)
+                    problem = "processes of it live on, though it does not run"
+                    return problem
             try:
                 client.remove_container(container_id, v=True, force=True)
             except NotFound:

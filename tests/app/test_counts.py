@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
-from gpu_server.core.sessions import CloseReason, TaskState
+from gpu_server.core.node import Node
+from gpu_server.core.sessions import CloseReason, Rules, TaskState
 from gpu_server.counts import Counts
+from tests.core.hunt import HISTORIES
+from tests.core.machine import NodeMachine
 from tests.core.story import Story
 
 
@@ -63,3 +70,24 @@ def test_loads() -> None:
 def test_nothing_yet() -> None:
     """An average of nothing is none."""
     assert Counts().loads["m"].average is None
+
+
+class CountedNode(Node):
+    """A node whose decisions are counted, in every one of its lives."""
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__(rules)
+        self.counts = Counts()
+
+    def handle(self, event: ev.Event, now: float) -> list[fx.Effect]:
+        effects = super().handle(event, now)
+        self.counts.note(event, effects, self, now)
+        assert len(self.counts._starting) <= len(list(self.slots))
+        return effects
+
+
+def test_any_history() -> None:
+    """Whatever happens, counting does not fail, which would be the end of the service, and does not grow."""
+    make_node = staticmethod(CountedNode)
+    machine = type("Counting", (NodeMachine,), {"make_node": make_node, "inspect": False, "cut": False})
+    run_state_machine_as_test(machine, settings=settings(HISTORIES, max_examples=50, derandomize=True))

@@ -265,7 +265,12 @@ async def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
             sealed.enclave.gates[Op.HELLO] = asyncio.Event()
         else:
             sealed.keys.gate = asyncio.Event()
-        (await sealed.ask_to_open(session_id, wrapped(sealed))).problem(503, code)
+        for _ in range(opening.MAX_OF_ONE_SESSION):
+            (await sealed.ask_to_open(session_id, wrapped(sealed))).problem(503, code)
+        sealed.enclave.gates.clear()
+        sealed.keys.gate = None
+        monkeypatch.undo()
+        await sealed.open(session_id)
 
 
 async def test_a_disk_that_is_full(tmp_path: Path) -> None:
@@ -273,4 +278,7 @@ async def test_a_disk_that_is_full(tmp_path: Path) -> None:
     async with sealed_world(tmp_path) as sealed:
         session_id = await sealed.start()
         sealed.api.world.journal.refuse = "the disk is full"  # type: ignore[attr-defined]
-        (await sealed.ask_to_open(session_id, wrapped(sealed))).problem(503, "storage_failing")
+        for _ in range(3):
+            (await sealed.ask_to_open(session_id, wrapped(sealed))).problem(503, "storage_failing")
+        grants = sealed.api.world.session(session_id).grants
+        assert len(grants) == 1, "those that were promised are not pushed out by those that are not"

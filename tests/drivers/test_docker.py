@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gpu_server.drivers.docker import DockerRuntime
 from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.ports import RunFolder, RuntimeUnreachable, StartRefused, WorkerExit
 from tests.docker_engine import TEST_IMAGE
+from tests.drivers.control_group import group_of
 from tests.worker_specs import LIMITS, TEST_UID, worker_spec
 
 PATIENCE = 60.0
@@ -214,6 +216,22 @@ async def test_a_start_that_the_engine_refuses_ends_the_output(instance: str, fo
         again = await runtime.create(worker_spec(folder, "print('ok')"))
         await runtime.start(again.name)
         assert b"".join([piece.data async for piece in again.output]) == b"ok\n"
+
+
+@pytest.mark.docker
+async def test_what_an_engine_has_forgotten_is_ended_too(instance: str, folder: RunFolder) -> None:
+    """A worker of which the engine says that it never ran, and that runs: it is gone when `remove` returns."""
+    async with opened(instance) as (runtime, _):
+        worker = await runtime.create(worker_spec(folder, STAYS))
+        with group_of(worker.container_id) as group, subprocess.Popen(["sleep", "1000"]) as process:
+            try:
+                (group / "cgroup.procs").write_text(str(process.pid))
+                await runtime.remove(worker.name, grace=0)
+                assert process.wait(PATIENCE) == -9
+                assert await runtime.list_workers() == ()
+            finally:
+                process.kill()
+                process.wait()
 
 
 @pytest.mark.docker
