@@ -323,7 +323,7 @@ class DockerRuntime:
                 del self._exits[container_id]
 
     async def _remove_for_certain(self, container_id: str) -> None:
-        """SIGKILL and remove, until the engine says that there is no such container; and not before all of its
+        """SIGKILL and remove, until the engine says that there is no such container; and not before all its
         processes are gone, whatever the engine knows of them."""
         deadline = time.monotonic() + self._call_timeout
         pause = 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -204,18 +205,44 @@ async def test_a_failed_adoption(tmp_path: Path) -> None:
             assert (code, CANARY in message) == ("start_failed", False)
 
 
+async def test_a_worker_that_is_gone(tmp_path: Path) -> None:
+    """What the service itself found out is told, of a sealed session too."""
+    async with machine_world(tmp_path) as world:
+        world.health["sealed_key"] = KEY
+        async with engine_life(world):
+            await world.free()
+            start(world)
+            await world.ready("s_1")
+        del world.machine.containers[world.container("s_1")]
+        async with engine_life(world):
+            gone = ("service_restarted", "the worker was gone when the service came back")
+            assert await failure(world) == gone
+
+
 async def test_a_task_is_sent_as_what_it_is(tmp_path: Path) -> None:
     """Under its media type, with the very bytes; again after a restart, if the worker may not have it."""
     seen: list[Any] = []
+
+    async def says_nothing(worker: PlayedWorker, call: Call) -> None:
+        seen.append((call.media_type, call.body))
+        await asyncio.Event().wait()
 
     async def takes(worker: PlayedWorker, call: Call) -> None:
         seen.append((call.media_type, call.body))
         await sealed_words(worker, call)
 
-    async with engine_world(tmp_path) as world:
+    async with machine_world(tmp_path) as world:
         world.health["sealed_key"] = KEY
+        world.on_task = says_nothing
+        async with engine_life(world):
+            await world.free()
+            start(world)
+            await world.ready("s_1")
+            task_id = submit(world)
+            async with asyncio.timeout(20):
+                while not seen:  # noqa: ASYNC110 (it comes soon)
+                    await asyncio.sleep(0)
         world.on_task = takes
-        start(world)
-        await world.ready("s_1")
-        await world.events(submit(world))
-    assert seen == [("application/vnd.gpu-server.sealed", b"sealed")]
+        async with engine_life(world):
+            await world.events(task_id)
+    assert seen == 2 * [("application/vnd.gpu-server.sealed", b"sealed")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -220,18 +219,20 @@ async def test_a_start_that_the_engine_refuses_ends_the_output(instance: str, fo
 
 @pytest.mark.docker
 async def test_what_an_engine_has_forgotten_is_ended_too(instance: str, folder: RunFolder) -> None:
-    """A worker of which the engine says that it never ran, and that runs: it is gone when `remove` returns."""
+    """A worker of which the engine says that it never ran, and that runs: it is gone after `remove`."""
     async with opened(instance) as (runtime, _):
         worker = await runtime.create(worker_spec(folder, STAYS))
-        with group_of(worker.container_id) as group, subprocess.Popen(["sleep", "1000"]) as process:
+        with group_of(worker.container_id) as group:
+            process = await asyncio.create_subprocess_exec("sleep", "1000")
             try:
                 (group / "cgroup.procs").write_text(str(process.pid))
                 await runtime.remove(worker.name, grace=0)
-                assert process.wait(PATIENCE) == -9
+                assert await process.wait() == -9
                 assert await runtime.list_workers() == ()
             finally:
-                process.kill()
-                process.wait()
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
 
 
 @pytest.mark.docker
