@@ -163,7 +163,9 @@ class Attendant:
                     attempt = self._take_up_or_raise
                     await asyncio.sleep(REATTACH_PAUSE_SECONDS)
             message = "the runtime did not answer for too long"
-            self._lost(CloseReason.START_FAILED, FailureCode.RUNTIME_UNREACHABLE, message)
+            self._lost_to(
+                CloseReason.START_FAILED, Failure(code=FailureCode.RUNTIME_UNREACHABLE, message=message)
+            )
         except StartRefused as refused:
             self._lost(CloseReason.START_FAILED, refused.code, refused.message)
         except RunFolderFault as fault:
@@ -242,7 +244,9 @@ class Attendant:
         if found is None:
             if was_ready and not await self._waits_to_be_started():
                 message = "the worker was gone when the service came back"
-                self._lost(CloseReason.WORKER_EXITED, FailureCode.SERVICE_RESTARTED, message)
+                self._lost_to(
+                    CloseReason.WORKER_EXITED, Failure(code=FailureCode.SERVICE_RESTARTED, message=message)
+                )
                 return
             self._ready = False
             await self._bring_up_or_raise()
