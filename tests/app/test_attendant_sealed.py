@@ -242,7 +242,7 @@ async def test_a_task_is_sent_as_what_it_is(tmp_path: Path) -> None:
             async with asyncio.timeout(20):
                 while not seen:  # noqa: ASYNC110 (it comes soon)
                     await asyncio.sleep(0)
-        world.on_task = takes
+        world.workers["s_1"].on_task = takes
         async with engine_life(world):
             await world.events(task_id)
     assert seen == 2 * [("application/vnd.gpu-server.sealed", b"sealed")]

@@ -13,7 +13,7 @@ from gpu_server.core.sessions import CloseReason, Rules, TaskState
 from gpu_server.counts import Counts
 from tests.core.hunt import HISTORIES
 from tests.core.machine import NodeMachine
-from tests.core.story import Story
+from tests.core.story import SEALING, Story
 
 
 class Counted(Story):
@@ -65,6 +65,15 @@ def test_loads() -> None:
     assert (loads.ready, loads.failed, loads.seconds, loads.average) == (1, 1, 3.0, 3.0)
     story.after(600.0)  # the start of the fourth is over
     assert loads.failed == 2
+
+
+def test_a_worker_that_is_ready_and_no_use() -> None:
+    """One of a sealed session that comes up without a key has not come up."""
+    story = Counted("0")
+    story.ask("s1", sealing=SEALING)
+    story.ready("s1")
+    loads = story.counts.loads["m"]
+    assert (loads.ready, loads.failed) == (0, 1)
 
 
 def test_nothing_yet() -> None:
