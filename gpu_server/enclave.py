@@ -175,6 +175,9 @@ class EnclaveSupervisor:
         except RuntimeUnreachable as error:
             # Nothing is known of it, so nothing is concluded; it may well be running.
             self._health = _down(str(error))
+        except Exception as error:  # noqa: BLE001  # it must not cost the node its plain sessions
+            self._looked = True
+            self._fell(f"a bug of the one who watches over it: {error!r}")
         return CHECK_SECONDS if self._up else max(self._start_at - self._clock.now(), FIRST_BACKOFF_SECONDS)
 
     async def _check(self) -> None:

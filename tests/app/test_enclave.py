@@ -97,6 +97,23 @@ async def test_not_yet(host: FakeEnclaveHost) -> None:
         await enclave.attest(NONCE)
 
 
+async def test_a_bug_does_not_end_the_service(host: FakeEnclaveHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has thought of is an enclave that is down and says why, and the next start is tried."""
+    crashes = [RecursionError("too deep")]
+    start = host.start
+
+    async def crashing() -> None:
+        if crashes:
+            raise crashes.pop()
+        await start()
+
+    monkeypatch.setattr(host, "start", crashing)
+    async with running(supervisor(host, clock := FakeClock())) as enclave:
+        await until(lambda: "too deep" in (enclave.health.reason or ""))
+        clock.advance(3600)
+        await healthy(enclave)
+
+
 async def test_refusals_pass_through(host: FakeEnclaveHost) -> None:
     """What the enclave refuses is refused, and says nothing about its health."""
     async with running(supervisor(host)) as enclave:
