@@ -22,16 +22,44 @@ REGISTERS = ("PCR0", "PCR1", "PCR2", "PCR8")
 PINNED = REGISTERS[:3]
 """Those that every image has; PCR8 is that of its signing certificate."""
 CONDITION = "kms:RecipientAttestation:{}"
+NAME = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+"""A tenant, as in docs/sealed.md."""
+IAM = r"arn:aws(?:-cn|-us-gov)?:iam::[0-9]{12}:"
+PATH = r"(?:[\w+=,.@-]+/)*[\w+=,.@-]+"
+ROLE = re.compile(f"{IAM}role/{PATH}", re.ASCII)
+PRINCIPAL = re.compile(f"{IAM}(?:root|(?:role|user)/{PATH})", re.ASCII)
+"""Who can be named in a key's policy for good: no pattern, and no session of a role."""
+FORMS = {
+    "TENANT": (NAME, "a tenant's name, of A-Z a-z 0-9 . _ : / -"),
+    "TENANT_ARN": (PRINCIPAL, "an ARN such as arn:aws:iam::ACCOUNT:role/NAME (or user/NAME, or root)"),
+    "NODE_ROLE_ARN": (ROLE, "the ARN of a role, arn:aws:iam::ACCOUNT:role/NAME"),
+    "ADMIN_ARN": (PRINCIPAL, "an ARN such as arn:aws:iam::ACCOUNT:role/NAME (or user/NAME, or root)"),
+}
 
 
 class BadMeasurements(Exception):
     """What was given does not name an image."""
 
 
-def measurements(documents: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Register -> values, of what `nitro-cli build-enclave` printed. Raises `BadMeasurements`."""
+class BadName(Exception):
+    """What was given does not name a tenant, or somebody in IAM."""
+
+
+def check_names(names: dict[str, str]) -> None:
+    """Raises `BadName`: KMS would say no more than that the policy is malformed, or take a pattern."""
+    for name, (form, what) in FORMS.items():
+        if not form.fullmatch(names[name]):
+            raise BadName(f"--{name.lower().replace('_', '-')} is {what}, not {names[name]!r}")
+
+
+def measurements(documents: list[Any]) -> dict[str, list[str]]:
+    """Register -> values, of what `nitro-cli build-enclave` printed, or, without `Measurements` around them,
+    `python -m enclave --measurements`. Raises `BadMeasurements`."""
     found: dict[str, list[str]] = {}
-    for of_one in (document.get("Measurements", {}) for document in documents):
+    images = [
+        document.get("Measurements", document) if isinstance(document, dict) else {} for document in documents
+    ]
+    for of_one in (image if isinstance(image, dict) else {} for image in images):
         for register in REGISTERS:
             value = of_one.get(register)
             if value is None and register not in PINNED:
@@ -41,7 +69,7 @@ def measurements(documents: list[dict[str, Any]]) -> dict[str, list[str]]:
             found.setdefault(register, [])
             if value.lower() not in found[register]:
                 found[register].append(value.lower())
-    signed = ["PCR8" in document["Measurements"] for document in documents]
+    signed = ["PCR8" in image for image in images]
     if any(signed) and not all(signed):
         raise BadMeasurements("of several images either all are signed or none")
     return found
@@ -94,8 +122,9 @@ def main() -> int:
         for name in ("TENANT", "TENANT_ARN", "NODE_ROLE_ARN", "ADMIN_ARN")
     }
     try:
+        check_names(names)
         values = measurements([json.loads(path.read_text()) for path in options.measurements])
-    except (BadMeasurements, OSError, ValueError) as error:
+    except (BadMeasurements, BadName, OSError, ValueError) as error:
         print(f"key_policy: {error}", file=sys.stderr)
         return 1
     print(json.dumps(policy(json.loads(TEMPLATE.read_text()), values, names), indent=2))

@@ -214,10 +214,15 @@ def presets_list(
         for problem in error.problems:
             err.print(problem, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    table = Table("model_id", "task_preset", "contract", "gpus", "openai", "image", box=None)
+    table = Table(
+        "model_id", "task_preset", "contract", "gpus", "openai", "sealed", "pools", "image", box=None
+    )
     for model_id, name, preset in loaded:
         openai = "yes" if preset.openai else ""
-        table.add_row(model_id, name, preset.contract, str(preset.gpus), openai, preset.docker_image)
+        sealed = preset.workload(model_id, name).sealed
+        pools = ",".join(loaded.pools_of(model_id, name))
+        row = (preset.contract, str(preset.gpus), openai, sealed, pools, preset.docker_image)
+        table.add_row(model_id, name, *row)
     out.print(table)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +19,7 @@ from gpu_server.client import (
     AttestationRefused,
     Client,
     DataKeyFailed,
+    OpenTimeout,
     Refused,
     SealedError,
     SessionEnded,
@@ -125,13 +128,29 @@ def exit_with(status: str | None) -> None:
         raise typer.Exit(1)
 
 
-def converse(url: str, api_key: str | None, tenant: str | None, work: Callable[[Client], Awaitable[T]]) -> T:
-    """Run one conversation with the service; every way it can fail is one line and exit status 1."""
+def left() -> str:
+    """What is told to who ends a command with Ctrl-C or SIGTERM."""
+    return "interrupted; a task that nobody reads is cancelled after a while, but for one with --detach"
+
+
+def converse(
+    url: str,
+    api_key: str | None,
+    tenant: str | None,
+    work: Callable[[Client], Awaitable[T]],
+    interrupted: Callable[[], str] = left,
+) -> T:
+    """Run one conversation with the service; every way it can fail is one line and exit status 1. SIGTERM
+    ends it like Ctrl-C: `work` is cancelled, and has time to put things in order."""
     if not api_key:
         err.print("[red]No API key:[/] set GPU_SERVER_API_KEY or give --api-key")
         raise typer.Exit(2)
 
     async def talk() -> T:
+        if threading.current_thread() is threading.main_thread():
+            this = asyncio.current_task()
+            assert this is not None
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
         async with Client(url, api_key, tenant=tenant) as client:
             return await work(client)
 
@@ -147,14 +166,13 @@ def converse(url: str, api_key: str | None, tenant: str | None, work: Callable[[
         message = f"No data key: {failed}"
     except Unreadable as error:
         message = f"The service at {url} is not understood: {error}"
+    except OpenTimeout as error:
+        message = f"{error}; --open-seconds gives it longer"
     except (aiohttp.ClientError, TimeoutError) as error:
         why = str(error) or "no answer in time"
         message = f"The service at {url} cannot be reached: {why}; --url or GPU_SERVER_URL says where it is"
-    except KeyboardInterrupt:
-        err.print(
-            "interrupted; a task that nobody reads is cancelled after a while, but for one with --detach",
-            style="yellow",
-        )
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        err.print(interrupted(), style="yellow", markup=False)
         raise typer.Exit(1) from None
     err.print(one_line(message[:MAX_MESSAGE]), style="red", markup=False)
     raise typer.Exit(1)

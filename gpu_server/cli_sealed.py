@@ -25,7 +25,12 @@ err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 MAX_FILE_BYTES = 1 << 20
 PCR_BYTES = 48
-Register = Annotated[str | None, typer.Option(metavar="HEX", help="What this register must be.")]
+Register = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HEX", help="What this register must be; may be repeated, then any of them will do."
+    ),
+]
 
 
 @attestation_app.callback()
@@ -56,19 +61,25 @@ def verify(
 
     given = {0: pcr0, 1: pcr1, 2: pcr2, 3: pcr3, 8: pcr8}
     expected = {
-        index: _hex(text, f"--pcr{index}", PCR_BYTES) for index, text in given.items() if text is not None
+        index: {_hex(text, f"--pcr{index}", PCR_BYTES) for text in texts}
+        for index, texts in given.items()
+        if texts
     }
     try:
         attestation = verify_document(
             _document(file),
             nonce=None if nonce is None else _hex(nonce, "--nonce"),
-            pcrs=expected,
+            pcrs={},  # below: of each, one of several
             allow_simulated=allow_simulated,
             at_document_time=at_document_time,
             max_age=max_age,
         )
+        for index, wanted in expected.items():
+            if attestation.pcrs.get(index) not in wanted:
+                raise AttestationRefused("pcr", f"PCR{index} is not what is expected")
     except AttestationRefused as error:
-        err.print(f"refused ({error.reason}): {error}", markup=False)
+        hint = "; --allow-simulated accepts a simulated one" if error.reason == "root" else ""
+        err.print(f"refused ({error.reason}): {error}{hint}", markup=False)
         raise typer.Exit(1) from None
     if attestation.simulated:
         err.print("[yellow]This is a simulated enclave: the document proves nothing.[/]")

@@ -20,31 +20,36 @@ from gpu_server.cli_client import (
     err,
     exit_with,
     follow,
+    left,
+    one_line,
     out,
     show_all,
 )
 from gpu_server.client import AwsDataKeys, Client, Expected, Malformed, SealedSession, open_sealed
+from gpu_server.client.sealed import OPEN_SECONDS
 from gpu_server.sealed.names import region_of
 
 SEALED = "Sealed tasks"
 
 
 def _register(index: int, what: str) -> Any:
-    """The option for one measurement of the enclave."""
+    """The option for one measurement of the enclave; repeated, any of its values will do."""
     return typer.Option(
         f"--pcr{index}",
         metavar="HEX",
-        help=f"PCR{index} of the enclave: {what}.",
+        help=f"PCR{index} of the enclave: {what}; may be repeated, then any of them will do.",
         rich_help_panel=SEALED,
         show_default=False,
     )
 
 
-Pcr0 = Annotated[str | None, _register(0, "the whole program; needed, but for --allow-simulated")]
-Pcr1 = Annotated[str | None, _register(1, "kernel and first ramdisk")]
-Pcr2 = Annotated[str | None, _register(2, "the application")]
-Pcr3 = Annotated[str | None, _register(3, "the IAM role of its machine")]
-Pcr8 = Annotated[str | None, _register(8, "the certificate that signed it")]
+Pcr0 = Annotated[
+    list[str] | None, _register(0, "the whole program; this or --pcr8 is needed, but for --allow-simulated")
+]
+Pcr1 = Annotated[list[str] | None, _register(1, "kernel and first ramdisk")]
+Pcr2 = Annotated[list[str] | None, _register(2, "the application")]
+Pcr3 = Annotated[list[str] | None, _register(3, "the IAM role of its machine")]
+Pcr8 = Annotated[list[str] | None, _register(8, "the certificate that signed it")]
 
 
 def submit(
@@ -55,7 +60,10 @@ def submit(
     ] = "{}",
     prompt: Annotated[str | None, typer.Option(help="Short for metadata {'prompt': ...}.")] = None,
     oneoff: Annotated[bool, typer.Option("--oneoff", help="In a container of its own.")] = False,
-    session: Annotated[str | None, typer.Option(help="Queue behind this session.")] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(help="Queue behind this session; a sealed one with the --kms-key of its start."),
+    ] = None,
     difficulty: Annotated[str | None, typer.Option(help="low or high.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds the task may run.")] = None,
     detach: Annotated[
@@ -101,7 +109,20 @@ def submit(
     kms_endpoint: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="A KMS that is elsewhere.", rich_help_panel=SEALED, show_default=False
+            metavar="URL",
+            envvar="KMS_ENDPOINT_URL",
+            help="A KMS that is elsewhere.",
+            rich_help_panel=SEALED,
+            show_default=False,
+        ),
+    ] = None,
+    open_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=f"How long the session may take to be open; by default {OPEN_SECONDS:g}.",
+            rich_help_panel=SEALED,
+            show_default=False,
         ),
     ] = None,
     keep: Annotated[
@@ -130,7 +151,7 @@ def submit(
             "--pcr3": pcr3,
             "--pcr8": pcr8,
             "--allow-simulated": allow_simulated,
-            "--kms-endpoint": kms_endpoint,
+            "--open-seconds": open_seconds is not None,
             "--keep": keep,
         }
         _none_of(only_sealed, "is for --sealed")
@@ -174,6 +195,8 @@ def submit(
         "keys": AwsDataKeys(endpoint_url=kms_endpoint),
         "allow_simulated": allow_simulated,
         "keep": keep,
+        "open_seconds": OPEN_SECONDS if open_seconds is None else open_seconds,
+        "on_wait": _tell_wait,
     }
     if (model is None) != (preset is None) or not (pool or model or session):
         raise typer.BadParameter("name a --pool, a model_id and a task_preset, or a --session")
@@ -182,13 +205,20 @@ def submit(
             "a pool has its model and preset, a session its difficulty too: leave them out"
         )
 
+    stays = session is not None
+
     async def seal(client: Client) -> str | None:
+        nonlocal stays
         async with await open_sealed(client, **options) as opened:
+            stays = stays or keep  # before that, it is ended all the same
             _tell(opened, to_stderr=as_json, keep=keep)
             printer = EventPrinter(as_json=as_json, sealed=True)
             return await show_all(opened.submit(given), printer)
 
-    exit_with(converse(url, api_key, tenant, seal))
+    def interrupted() -> str:
+        return left() if stays else "interrupted; what was started for it is ended"
+
+    exit_with(converse(url, api_key, tenant, seal, interrupted))
 
 
 def _metadata(text: str, prompt: str | None) -> dict[str, Any]:
@@ -217,19 +247,17 @@ def _kms_key(arn: str | None) -> str:
     return arn
 
 
-def _expected(
-    pcr0: str | None,
-    pcr1: str | None,
-    pcr2: str | None,
-    pcr3: str | None,
-    pcr8: str | None,
-    *,
-    allow_simulated: bool,
-) -> Expected:
-    if pcr0 is None and not allow_simulated:
-        raise typer.BadParameter("--sealed needs --pcr0: without it, any enclave would do")
+def _expected(*given: list[str] | None, allow_simulated: bool) -> Expected:
+    """Of PCR0, 1, 2, 3 and 8."""
+    pcr0, pcr1, pcr2, pcr3, pcr8 = (values or None for values in given)
     try:
-        return Expected(pcr0=pcr0, pcr1=pcr1, pcr2=pcr2, pcr3=pcr3, pcr8=pcr8)
+        expected = Expected(pcr0=pcr0, pcr1=pcr1, pcr2=pcr2, pcr3=pcr3, pcr8=pcr8)
+        if not expected.names_a_program and not allow_simulated:
+            raise ValueError(
+                "--sealed needs --pcr0 or --pcr8: without either any enclave would do; to try it out without"
+                " an enclave, --allow-simulated"
+            )
+        return expected
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -243,3 +271,8 @@ def _tell(session: SealedSession, *, to_stderr: bool, keep: bool) -> None:
         to.print(f"[green]sealed: {session.assurance}, PCR0 {session.attestation.pcrs[0].hex()}[/]")
     if keep:
         to.print(f"session: {session.session_id}", markup=False)
+
+
+def _tell_wait(reason: str) -> None:
+    """Why the session is not open yet, in the service's words."""
+    err.print(one_line(reason), style="yellow", markup=False)

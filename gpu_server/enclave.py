@@ -262,8 +262,13 @@ def enclave_of(
         return None
     host: EnclaveHost
     if settings.enclave == "nitro":
+        image = settings.enclave_runner_image
         host = ContainerEnclave(
-            instance, settings.enclave_runner_image, lambda _: _runner(settings), docker_host=docker_host
+            instance,
+            image,
+            lambda _: _runner(settings),
+            makes=f"docker build -t {image} enclave_image/runner",
+            docker_host=docker_host,
         )
         link = EnclaveLink((settings.enclave_cid, settings.enclave_port))
         return EnclaveSupervisor(host, link, mode="nitro", clock=BootClock())

@@ -104,7 +104,7 @@ class Preset(BaseModel):
     """Whether its sessions may be sealed, or must be; by default they may where the contract is http."""
 
     @model_validator(mode="after")
-    def _one_task_in_exec(self) -> Preset:
+    def _fields_fit(self) -> Preset:
         if self.contract == "exec" and self.max_concurrent_tasks != 1:
             raise ValueError("an exec preset runs one task: max_concurrent_tasks must be 1")
         if self.contract == "exec" and self.openai:
@@ -113,6 +113,8 @@ class Preset(BaseModel):
             )
         if self.contract == "exec" and self.sealed not in (None, "off"):
             raise ValueError("sealed requests need sessions, which an exec preset has not: it must be off")
+        if self.openai and self.sealed == "required":
+            raise ValueError("the OpenAI routes cannot seal: openai must be false where sealed is required")
         return self
 
     def workload(self, model_id: str, task_preset: str) -> Workload:
@@ -177,24 +179,32 @@ class PresetsFile(BaseModel):
     pools: dict[Annotated[str, Field(pattern=_POOL)], Pool] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _pools_serve_sessions(self) -> PresetsFile:
+    def _pools_fit(self) -> PresetsFile:
+        """A pool stands for a preset with sessions, and what must be sealed has a pool: a sealed session is
+        always one of a pool, so nothing could ever use it without."""
         mistakes: list[InitErrorDetails] = []
         for name, pool in self.pools.items():
             preset = self.models.get(pool.model_id, {}).get(pool.task_preset)
             where = f"{pool.model_id}/{pool.task_preset}"
             if preset is None:
-                mistakes.append(_mistake(name, f"there is no preset {where}"))
+                mistakes.append(_mistake(f"there is no preset {where}", "pools", name))
             elif preset.contract == "exec":
-                mistakes.append(_mistake(name, f"preset {where} has the exec contract, so no sessions"))
+                mistakes.append(
+                    _mistake(f"preset {where} has the exec contract, so no sessions", "pools", name)
+                )
+        in_pools = {(pool.model_id, pool.task_preset) for pool in self.pools.values()}
+        for model_id, presets in self.models.items():
+            for name, preset in presets.items():
+                if preset.sealed == "required" and (model_id, name) not in in_pools:
+                    what = "sealed is required, and no pool stands for this preset: name one under `pools:`"
+                    mistakes.append(_mistake(what, "models", model_id, name))
         if mistakes:
             raise ValidationError.from_exception_data("PresetsFile", mistakes)
         return self
 
 
-def _mistake(pool: str, what: str) -> InitErrorDetails:
-    return InitErrorDetails(
-        type=PydanticCustomError("pool", "{what}", {"what": what}), loc=("pools", pool), input=None
-    )
+def _mistake(what: str, *where: str) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError("pool", "{what}", {"what": what}), loc=where, input=None)
 
 
 class Presets:
@@ -249,12 +259,9 @@ class Presets:
         return next(((name, preset) for name, preset in presets.items() if preset.openai), None)
 
     def openai_models(self) -> list[str]:
-        """The models that the OpenAI routes serve, but those whose image may not be started, or which take
-        sealed requests only."""
+        """The models that the OpenAI routes serve, but those whose image may not be started."""
         return [
-            model_id
-            for model_id, _, preset in self
-            if preset.openai and preset.sealed != "required" and self.allows(preset.docker_image)
+            model_id for model_id, _, preset in self if preset.openai and self.allows(preset.docker_image)
         ]
 
     def allows(self, image: str) -> bool:

@@ -248,7 +248,7 @@ class Served:
                 sys.executable, "-m", "gpu_server.cli", "serve",
                 env=environment, cwd=self._folder, stdout=log_file, stderr=log_file, start_new_session=True,
             )  # fmt: skip
-        return await until_ready(self.url, self._process, self._log)
+        return await until_ready(self.url, self.key, self._process, self._log)
 
     async def kill_and_start(self) -> None:
         """kill -9, and a new life."""
@@ -294,10 +294,10 @@ async def service() -> AsyncIterator[Served]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def until_ready(url: str, process: asyncio.subprocess.Process, log: Path) -> dict[str, Any]:
+async def until_ready(url: str, key: str, process: asyncio.subprocess.Process, log: Path) -> dict[str, Any]:
     """Poll /health; the answer once it is ready. Prints the log if the service ends instead."""
     give_up = time.monotonic() + START_SECONDS
-    async with aiohttp.ClientSession() as http:
+    async with aiohttp.ClientSession(headers={"X-API-Key": key}) as http:
         while process.returncode is None and time.monotonic() < give_up:
             with suppress(aiohttp.ClientError):
                 async with http.get(f"{url}/health") as answer:

@@ -30,6 +30,7 @@ from gpu_server.sealed.frames import MAX_SLOTS, Code, Op, encode_reply, encode_r
 from gpu_server.sealed.grant import Binding, WorkerKey, seal_grant
 from gpu_server.sealed.request import RequestSealer
 from gpu_server.sealed.response import ResponseSealer
+from scripts.attestation_vectors import attestation
 from scripts.canonical_vectors import canonical, shown
 
 ARN = "arn:aws:kms:eu-central-1:123456789012:key/0b4a3c1e-7d7c-4a6f-9a1e-2f5d1c3b4a59"
@@ -135,14 +136,16 @@ def request_vector(name: str) -> dict[str, Any]:
 
 
 def large_request() -> dict[str, Any]:
-    """A request of full chunks and a last one, by its digest; byte i of the plaintext is i mod 251."""
+    """A request of full chunks and a last one, by its digest and the rule that its plaintext follows."""
     size = 2 * MAX_DATA + 1000
     body = sealer("large").body(bytes(i % 251 for i in range(size)))
     return {
         "name": "two full chunks and a rest",
         "request_id": REQUEST_ID,
         "ephemeral_private_key": seed("request: large").hex(),
+        "plaintext": "byte i is i mod 251, from i = 0",
         "plaintext_bytes": size,
+        "piece_bytes": [MAX_DATA, MAX_DATA, size - 2 * MAX_DATA],
         "body_bytes": len(body),
         "body_sha256": sha256(body).hexdigest(),
     }
@@ -339,6 +342,7 @@ def delivery() -> dict[str, Any]:
 
 
 VECTORS: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "attestation.json": attestation,
     "canonical.json": canonical,
     "grant.json": grant,
     "request.json": request,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -38,8 +36,8 @@ class SlotView(BaseModel):
 
 
 class EnclaveView(BaseModel):
-    """`mode` says `simulated` where the enclave proves nothing; `epoch`, in base64, names its present
-    life."""
+    """`mode` says `simulated` where the enclave proves nothing; `epoch`, in hex as in the log, names its
+    present life."""
 
     mode: str
     healthy: bool
@@ -121,7 +119,7 @@ def _enclave_view(service: Service, *, in_full: bool) -> EnclaveView | None:
         mode=service.enclave.mode,
         healthy=health.healthy,
         reason=health.reason if in_full or health.reason is None else _HIDDEN,
-        epoch=base64.b64encode(health.epoch).decode() if health.epoch is not None else None,
+        epoch=health.epoch.hex() if health.epoch is not None else None,
     )
 
 

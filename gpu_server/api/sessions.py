@@ -83,8 +83,8 @@ class OpenBody(ClosedBody):
 
 
 class OpenView(BaseModel):
-    """Everything but `slots` and `mode` in base64. Verify the document before anything is sealed; what `mode`
-    says is a hint, and no proof."""
+    """`document`, `worker_key` and `slots` in base64, `epoch` in hex. Verify the document before anything is
+    sealed; what `mode` says is a hint, and no proof."""
 
     document: str
     worker_key: str
@@ -158,7 +158,7 @@ async def open_(session_id: str, body: OpenBody, service: TheService, tenant: Te
     return OpenView(
         document=_text(opened.document),
         worker_key=opened.worker_key,
-        epoch=_text(opened.epoch),
+        epoch=opened.epoch.hex(),
         slots=[_text(record) for record in opened.slots],
         mode=opened.mode,
     )

@@ -10,6 +10,7 @@ from gpu_server.client.sealed import OpenRefused, SealedSession, SessionEnded, o
 from gpu_server.client.sealed_stream import SealedStreamBroken
 from gpu_server.client.service import Client, Refused
 from gpu_server.client.sync import SyncClient, SyncSealedSession
+from gpu_server.client.waiting import OpenTimeout
 from gpu_server.sealed.errors import AttestationRefused, Malformed, SealedError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Expected",
     "Malformed",
     "OpenRefused",
+    "OpenTimeout",
     "Refused",
     "SealedError",
     "SealedSession",

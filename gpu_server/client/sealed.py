@@ -24,7 +24,8 @@ from gpu_server.client.events import TaskEvent
 from gpu_server.client.kms import AwsDataKeys, DataKeys
 from gpu_server.client.measurements import Expected
 from gpu_server.client.sealed_stream import SealedStream
-from gpu_server.client.service import AWAY, Client, Refused
+from gpu_server.client.service import Client, Refused
+from gpu_server.client.waiting import OnWait, Waiting
 from gpu_server.sealed import attestation
 from gpu_server.sealed.attestation import Attestation
 from gpu_server.sealed.errors import AttestationRefused, Malformed, SealedError
@@ -33,6 +34,7 @@ from gpu_server.sealed.names import check_name, region_of
 from gpu_server.sealed.request import RequestSealer
 
 OPEN_SECONDS: Final = 1800.0
+TROUBLE_SECONDS: Final = 60.0
 END_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 0.5
 NONCE_BYTES: Final = 32
@@ -69,16 +71,22 @@ async def open_sealed(
     allow_simulated: bool = False,
     keep: bool = False,
     open_seconds: float = OPEN_SECONDS,
+    trouble_seconds: float = TROUBLE_SECONDS,
+    on_wait: OnWait | None = None,
 ) -> SealedSession:
     """Open a sealed session: start one (of `pool`, or `model_id` and `task_preset`) or take that of
     `session_id`, wait for its worker's key, and verify the enclave.
 
-    `expect` must pin PCR0, unless `allow_simulated`; then an enclave without hardware is accepted too, which
-    protects nothing, and `SealedSession.assurance` says which it is. `tenant`, like that of the client, must
-    be who the service takes this client for.
+    `expect` must pin PCR0 or PCR8, unless `allow_simulated`; then an enclave without hardware is accepted
+    too, which protects nothing, and `SealedSession.assurance` says which it is. `tenant`, like that of the
+    client, must be who the service takes this client for.
+
+    A slot, and the worker in it, are waited for; an enclave or a key service that is away only for
+    `trouble_seconds`, because the session holds its slot meanwhile. `on_wait` is called with each reason to
+    wait, once; its words are the service's.
 
     Raises ValueError, `Refused`, `SessionEnded`, `OpenRefused`, `AttestationRefused`, `Malformed`,
-    `DataKeyFailed`, `aiohttp.ClientError`, and TimeoutError after `open_seconds`.
+    `DataKeyFailed`, `aiohttp.ClientError`, and `OpenTimeout` after `open_seconds`.
     """
     by_model = model_id is not None
     if by_model != (task_preset is not None) or not (by_model or pool or session_id):
@@ -88,8 +96,8 @@ async def open_sealed(
     if session_id is not None and task_difficulty is not None:
         raise ValueError("a session that is there has its difficulty: leave it out")
     expect = expect or Expected()
-    if expect.pcr0 is None and not allow_simulated:
-        raise ValueError("expect PCR0: without it any enclave would do")
+    if not expect.names_a_program and not allow_simulated:
+        raise ValueError("expect PCR0 or PCR8: without either any enclave would do")
     region_of(kms_key_arn)
     wanted = {
         "pool": pool,
@@ -106,16 +114,19 @@ async def open_sealed(
         allow_simulated=allow_simulated,
         keys=keys or AwsDataKeys(),
         seconds=open_seconds,
+        trouble_seconds=trouble_seconds,
+        on_wait=on_wait,
     )
-    async with asyncio.timeout(asked.seconds):
+    waiting = asked.waiting()
+    async with waiting.limit():
         if session_id is not None:
             found = await client.call_once("GET", f"/api/sessions/{_in_a_path(session_id)}")
-            return await _open(client, asked, found, session_id, ends=False)
+            return await _open(client, asked, waiting, found, session_id, ends=False)
         body = {name: value for name, value in wanted.items() if value is not None}
         found = await client.call_once("POST", "/api/sessions", body)
         session_id = _in_a_path(_text(found, "session_id"))
         try:
-            return await _open(client, asked, found, session_id, ends=not keep)
+            return await _open(client, asked, waiting, found, session_id, ends=not keep)
         except BaseException:
             await _end(client, session_id)
             raise
@@ -199,8 +210,9 @@ class SealedSession:
     async def reopen(self) -> None:
         """Open the session anew, with a new challenge and a new data key: for a service that has forgotten it
         was opened (`session_not_open`). What was sealed before stays readable. Raises as `open_sealed`."""
-        async with asyncio.timeout(self._asked.seconds):
-            self._opened = await _challenge(self._client, self._asked, self._terms)
+        waiting = self._asked.waiting()
+        async with waiting.limit():
+            self._opened = await _challenge(self._client, self._asked, waiting, self._terms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +226,12 @@ class _Asked:
     allow_simulated: bool
     keys: DataKeys
     seconds: float
-    """How long an opening may take."""
+    trouble_seconds: float
+    on_wait: OnWait | None
+
+    def waiting(self) -> Waiting:
+        """For one opening."""
+        return Waiting(self.seconds, self.trouble_seconds, self.on_wait)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,9 +254,15 @@ class _Opened:
 
 
 async def _open(
-    client: Client, asked: _Asked, found: Mapping[str, Any], session_id: str, *, ends: bool
+    client: Client,
+    asked: _Asked,
+    waiting: Waiting,
+    found: Mapping[str, Any],
+    session_id: str,
+    *,
+    ends: bool,
 ) -> SealedSession:
-    found = await _with_worker_key(client, found, session_id)
+    found = await _with_worker_key(client, waiting, found, session_id)
     terms = _Terms(
         tenant=check_name(_text(found, "tenant"), "tenant"),
         pool=check_name(_text(found, "pool"), "pool"),
@@ -255,13 +278,15 @@ async def _open(
     ):
         if wanted is not None and is_ != wanted:
             raise OpenRefused(f"the session's {what} is another than was asked for")
-    opened = await _challenge(client, asked, terms)
+    opened = await _challenge(client, asked, waiting, terms)
     return SealedSession(client, asked, terms, opened, ends=ends)
 
 
-async def _with_worker_key(client: Client, found: Mapping[str, Any], session_id: str) -> Mapping[str, Any]:
+async def _with_worker_key(
+    client: Client, waiting: Waiting, found: Mapping[str, Any], session_id: str
+) -> Mapping[str, Any]:
     """The session, once its worker has shown its key: that is while the model still loads."""
-    patience = client.patience()
+    refusals = waiting.refusals(client)
     while found.get("worker_key") is None:
         if found.get("sealed") is not True:
             raise OpenRefused("the session is not sealed")
@@ -270,35 +295,31 @@ async def _with_worker_key(client: Client, found: Mapping[str, Any], session_id:
                 case {"code": str(code), "message": str(message)}:
                     raise SessionEnded(session_id, code, message)
             raise SessionEnded(session_id, str(found.get("close_reason")), state)
+        waiting.for_session(found)
         await client.clock.sleep_until(client.clock.now() + LOOK_SECONDS)
         try:
             found = await client.call_once("GET", f"/api/sessions/{session_id}")
-            patience.renew()
+            refusals.renew()
         except Refused as refused:
-            if refused.status not in AWAY:
-                raise
-            await patience.wait(refused)
+            await refusals.wait_out(refused)
     return found
 
 
-async def _challenge(client: Client, asked: _Asked, terms: _Terms) -> _Opened:
+async def _challenge(client: Client, asked: _Asked, waiting: Waiting, terms: _Terms) -> _Opened:
     """Have the enclave attest itself, and hand the data key to the worker. Nothing is sealed before this."""
     data_key = await asked.keys.generate(terms.kms_key_arn, {"tenant": terms.tenant, "pool": terms.pool})
     nonce = os.urandom(NONCE_BYTES)
     answer = await _ask_to_open(
         client,
+        waiting,
         terms.session_id,
         {"nonce": b64encode(nonce).decode(), "wrapped_key": b64encode(data_key.wrapped).decode()},
     )
     document = _bytes(answer, "document")
-    verified = attestation.verify(
-        document,
-        nonce=nonce,
-        pcrs=asked.expect.pcrs,
-        allow_simulated=asked.allow_simulated,
-    )
-    if not verified.simulated and asked.expect.pcr0 is None:
-        raise AttestationRefused("pcr", "no PCR0 was expected, so any enclave would do")
+    verified = attestation.verify(document, nonce=nonce, pcrs={}, allow_simulated=asked.allow_simulated)
+    asked.expect.check(verified.pcrs)
+    if not verified.simulated and not asked.expect.names_a_program:
+        raise AttestationRefused("pcr", "neither PCR0 nor PCR8 was expected, so any enclave would do")
     if _bytes(answer, "worker_key", WORKER_KEY_BYTES) != terms.worker_key:
         raise OpenRefused("the session's worker has another key than it had before")
     _check_slots(answer, verified)
@@ -316,16 +337,16 @@ async def _challenge(client: Client, asked: _Asked, terms: _Terms) -> _Opened:
     return _Opened(binding=binding, document=document, attestation=verified, psk=psk)
 
 
-async def _ask_to_open(client: Client, session_id: str, body: Mapping[str, str]) -> dict[str, Any]:
+async def _ask_to_open(
+    client: Client, waiting: Waiting, session_id: str, body: Mapping[str, str]
+) -> dict[str, Any]:
     """`POST .../open`, again while what it needs is not there yet."""
-    patience = client.patience()
+    refusals = waiting.refusals(client)
     while True:
         try:
             return await client.call_once("POST", f"/api/sessions/{session_id}/open", body)
         except Refused as refused:
-            if refused.status not in AWAY and refused.code != "session_not_ready":
-                raise
-            await patience.wait(refused)
+            await refusals.wait_out(refused)
 
 
 def _check_slots(answer: Mapping[str, Any], verified: Attestation) -> None:

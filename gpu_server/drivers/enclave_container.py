@@ -30,7 +30,8 @@ Body = Callable[[Mapping[str, Any]], dict[str, Any]]
 class ContainerEnclave:
     """`EnclaveHost` over one container of a Docker engine, of the name `gpu-server-enclave-INSTANCE`.
 
-    `folder` is made for `uid` before each start, and removed after the end.
+    `folder` is made for `uid` before each start, and removed after the end. `makes` is the command that makes
+    the image, for people.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ContainerEnclave:
         image: str,
         body: Body,
         *,
+        makes: str = "./scripts/build_images.sh enclave",
         docker_host: str | None = None,
         folder: Path | None = None,
         uid: int = 0,
@@ -46,6 +48,7 @@ class ContainerEnclave:
     ) -> None:
         self.name: Final = f"gpu-server-enclave-{instance}"
         self._instance, self._image, self._body = instance, image, body
+        self._makes = makes
         self._folder, self._uid = folder, uid
         self._calls = EngineCalls(docker_host, call_timeout)
 
@@ -73,8 +76,8 @@ class ContainerEnclave:
                 body, make = self._made(client)
             except ImageNotFound as error:
                 raise EnclaveDown(
-                    f"there is no image {self._image} on this machine: ./scripts/build_images.sh enclave"
-                    " builds that of the enclave, enclave_image/README.md says how to make the others"
+                    f"there is no image {self._image} on this machine: {self._makes} makes it (see"
+                    " enclave_image/README.md)"
                 ) from error
             if self._folder is not None:
                 try:

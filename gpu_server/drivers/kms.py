@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from gpu_server.drivers.blocking import call_in_thread
 from gpu_server.ports import KeyServiceDenied, KeyServiceDown
 from gpu_server.sealed.errors import Malformed
@@ -38,6 +40,8 @@ _DENIED: Final = (
     "ValidationException",
 )
 
+log = structlog.get_logger()
+
 
 class AwsKeyService:
     """`ports.KeyService`. Credentials are boto3's to find; the region is that of each key's ARN, also with an
@@ -57,7 +61,8 @@ class AwsKeyService:
     async def release(
         self, *, kms_key_arn: str, wrapped_key: bytes, context: Mapping[str, str], document: bytes
     ) -> bytes:
-        """See `ports.KeyService`. Messages name KMS's code, not its text: that speaks of the node's role."""
+        """See `ports.KeyService`. Messages name KMS's code, not its text: that speaks of the node's role. The
+        log has the id under which CloudTrail has the rest."""
         try:
             region = region_of(kms_key_arn)
         except Malformed as error:
@@ -85,7 +90,7 @@ class AwsKeyService:
     def _ask(
         self, region: str, arn: str, wrapped_key: bytes, context: Mapping[str, str], document: bytes
     ) -> bytes:
-        with _telling():
+        with _telling(arn, context):
             answer = self._client(region).decrypt(
                 KeyId=arn,
                 CiphertextBlob=wrapped_key,
@@ -130,16 +135,20 @@ class AwsKeyService:
 
 
 @contextmanager
-def _telling() -> Iterator[None]:
-    """Says boto3's errors in our words, which hold no request and no credential."""
+def _telling(arn: str, context: Mapping[str, str]) -> Iterator[None]:
+    """Says boto3's errors in our words, which hold no request and no credential; logs those of KMS itself."""
     from botocore import exceptions as boto
 
     try:
         yield
     except boto.ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", "?"))[:60]
+        request_id = str(error.response.get("ResponseMetadata", {}).get("RequestId", "?"))[:60]
+        about = {"kms_key_arn": arn, "tenant": context.get("tenant"), "pool": context.get("pool")}
         if code in _DENIED:
+            log.warning("kms.denied", code=code, request_id=request_id, **about)
             raise KeyServiceDenied(f"KMS does not release the key ({code})") from None
+        log.warning("kms.failed", code=code, request_id=request_id, **about)
         raise KeyServiceDown(f"KMS answered {code}") from None
     except boto.ParamValidationError:
         raise KeyServiceDenied("KMS cannot take this request") from None

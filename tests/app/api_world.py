@@ -47,8 +47,6 @@ models:
     serve: {{docker_image: {IMAGE}, model: none, openai: true, max_concurrent_tasks: 2}}
   hard:
     serve: {{docker_image: {IMAGE}, model: none, openai: true, task_difficulty: high}}
-  secret:
-    serve: {{docker_image: {IMAGE}, model: none, openai: true, sealed: required}}
   closed:
     serve: {{docker_image: elsewhere/image, model: none, openai: true}}
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ async def test_the_enclave(tmp_path: Path) -> None:
     enclave = FakeEnclave()
     async with api_world(tmp_path, enclave=enclave) as api:
         report = (await api.ask("GET", "/health")).json
-        epoch = b64encode(enclave.epoch).decode()
+        epoch = enclave.epoch.hex()
         assert (report["status"], report["enclave_healthy"]) == ("ok", True)
         assert report["enclave"] == {"mode": "simulated", "healthy": True, "reason": None, "epoch": epoch}
         enclave.down = "exit code 1"

@@ -332,13 +332,3 @@ async def test_the_description(api: Api) -> None:
     assert {"messages", "max_tokens", "max_completion_tokens", "stop", "seed"} <= body["properties"].keys()
     assert body["additionalProperties"] is False
     assert KEY not in str(document)
-
-
-async def test_a_model_that_must_be_sealed(api: Api) -> None:
-    """It is not listed, and a request for it is refused: these routes have no way to seal one."""
-    async with client_of(api) as client:
-        assert "secret" not in [model.id for model in (await client.models.list()).data]
-        with pytest.raises(openai.PermissionDeniedError) as raised:
-            await client.chat.completions.create(**{**HELLO, "model": "secret"})
-        assert raised.value.code == "sealed_required"
-    assert api.world.engine.node.sessions == {}

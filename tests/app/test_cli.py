@@ -271,8 +271,10 @@ def test_presets_list(tmp_path: Path) -> None:
     result = run("presets", "list", str(ROOT / "config/model_presets.yaml"), env={"COLUMNS": "200"})
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert rows[0] == ["model_id", "task_preset", "contract", "gpus", "openai", "image"]
-    assert ["echo", "once", "exec", "1", "gpu-server/echo:dev"] in rows
+    assert rows[0] == ["model_id", "task_preset", "contract", "gpus", "openai", "sealed", "pools", "image"]
+    assert ["echo", "once", "exec", "1", "off", "gpu-server/echo:dev"] in rows
+    assert ["echo", "stream", "http", "1", "allowed", "gpu-server/echo:dev"] in rows
+    assert ["echo", "batch", "http", "1", "yes", "allowed", "default", "gpu-server/echo:dev"] in rows
     (tmp_path / "presets.yaml").write_text("models: 1\n")
     result = run("presets", "list", str(tmp_path / "presets.yaml"))
     assert (result.exit_code, "models" in result.stderr) == (1, True)

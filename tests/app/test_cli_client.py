@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 from collections.abc import Awaitable, Callable
 
 import aiohttp
@@ -15,6 +18,7 @@ from gpu_server.client import (
     Client,
     DataKeyFailed,
     OpenRefused,
+    OpenTimeout,
     Refused,
     SealedStreamBroken,
     SessionEnded,
@@ -101,6 +105,7 @@ def failing(error: BaseException) -> Callable[[Client], Awaitable[None]]:
         (DataKeyFailed("AccessDeniedException", "no"), "No data key: AccessDeniedException: no"),
         (Unreadable("no event stream"), f"The service at {URL} is not understood: no event stream"),
         (aiohttp.ClientConnectionError("gone"), f"The service at {URL} cannot be reached: gone"),
+        (OpenTimeout("not open after 5 s; it was x"), "not open after 5 s; it was x; --open-seconds"),
         (TimeoutError("too long"), f"The service at {URL} cannot be reached: too long"),
         (TimeoutError(), f"The service at {URL} cannot be reached: no answer in time"),
         (KeyboardInterrupt(), "interrupted"),
@@ -114,6 +119,25 @@ def test_what_goes_wrong(error: BaseException, words: str, capsys: pytest.Captur
     shown = capsys.readouterr().err
     assert shown.startswith(words)
     assert shown.count("\n") == 1
+
+
+def test_sigterm(capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM ends a conversation like Ctrl-C: what it holds is put in order first, and the caller's words
+    are told."""
+    order: list[str] = []
+
+    async def work(client: Client) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            order.append("put in order")
+
+    with pytest.raises(typer.Exit) as ended:
+        converse(URL, "a key", None, work, lambda: "these words")
+    assert (ended.value.exit_code, order) == (1, ["put in order"])
+    assert capsys.readouterr().err == "these words\n"
 
 
 def test_the_exit_status() -> None:

@@ -114,6 +114,14 @@ def test_refusals(stored: Path, options: list[str], reason: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_several_values(stored: Path) -> None:
+    """Any of several values of a register will do; and each register must have one of its own."""
+    both = ("--pcr0", "11" * 48, "--pcr0", HEX[0])
+    assert verify(stored, "--allow-simulated", *both).exit_code == 0
+    result = verify(stored, "--allow-simulated", *both, "--pcr8", HEX[0])
+    assert (result.exit_code, result.stderr) == (1, "refused (pcr): PCR8 is not what is expected\n")
+
+
 def test_forms_of_a_file(stored: Path, tmp_path: Path) -> None:
     """CBOR and base64, from a file and from stdin; what is neither is malformed."""
     raw = stored.read_bytes()

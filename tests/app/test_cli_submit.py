@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -30,7 +34,13 @@ OTHER = "0b" * 48
 def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
-    for name in ("GPU_SERVER_URL", "GPU_SERVER_TENANT", "INTERNAL_API_KEY", "AWS_PROFILE"):
+    for name in (
+        "GPU_SERVER_URL",
+        "GPU_SERVER_TENANT",
+        "INTERNAL_API_KEY",
+        "AWS_PROFILE",
+        "KMS_ENDPOINT_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GPU_SERVER_API_KEY", KEY)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -111,6 +121,63 @@ async def test_another_program() -> None:
         assert played.ended == ["s_1"] * 3
 
 
+async def test_one_of_several_programs() -> None:
+    """--pcr0 may be repeated, for an upgrade: any of them is accepted."""
+    async with service() as (_, submit):
+        result = await submit(*SIMULATED, "--pool", POOL, "--pcr0", OTHER, "--pcr0", PCR0, *PROMPT)
+        assert result.exit_code == 0
+
+
+async def test_why_it_waits() -> None:
+    """While the session is not open, stderr says why, once and in one line; and there is an end to it."""
+    async with service() as (played, submit):
+        played.session = {"worker_key": None, "state": "waiting"}
+        result = await submit(*SIMULATED, "--pool", POOL, "--open-seconds", "0.2", *PROMPT)
+        first, second = result.stderr.splitlines()
+        assert first == "waiting for a slot: all are taken"
+        assert second.startswith("the session was not open after 0.2 s; it was waiting for a slot")
+        assert result.exit_code == 1
+        assert played.ended == ["s_1"]
+        played.session = {}
+        played.refusals = [(503, "enclave_unavailable")] * 3
+        result = await submit(*SIMULATED, "--pool", POOL, *PROMPT)
+        assert result.stderr == "waiting, refused with enclave_unavailable: some detail\n"
+        assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_ending_it_while_it_waits(number: int) -> None:
+    """SIGTERM and Ctrl-C end the session that was started, and say so."""
+    async with service() as (played, _):
+        played.session = {"worker_key": None, "state": "waiting"}
+        command = [sys.executable, "-m", "gpu_server.cli", "submit", *SIMULATED, "--pool", POOL, *PROMPT]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env={**os.environ, "GPU_SERVER_URL": f"http://127.0.0.1:{played.port}"},
+            stderr=subprocess.PIPE,
+        )
+        assert process.stderr is not None
+        assert await process.stderr.readline() == b"waiting for a slot: all are taken\n"
+        process.send_signal(number)
+        _, said = await process.communicate()
+        assert (process.returncode, said) == (1, b"interrupted; what was started for it is ended\n")
+        assert played.ended == ["s_1"]
+
+
+async def test_where_the_kms_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KMS_ENDPOINT_URL says it too, and disturbs no plain task."""
+    monkeypatch.setenv("KMS_ENDPOINT_URL", "http://127.0.0.1:9")
+    plain = await asyncio.to_thread(run, "m", "p", "--url", "http://127.0.0.1:9")
+    assert plain.exit_code == 1
+    assert "cannot be reached" in plain.stderr
+    async with service() as (played, submit):
+        result = await submit(*SIMULATED, "--pool", POOL, *PROMPT)  # the option counts before it
+        assert result.exit_code == 0
+        address = ("--url", f"http://127.0.0.1:{played.port}")
+        result = await asyncio.to_thread(run, *SIMULATED, "--pool", POOL, *PROMPT, *address)
+        assert result.stderr.startswith("No data key: unreachable")
+
+
 async def test_an_answer_that_is_not_whole() -> None:
     """An answer that was cut is an error, whatever the service says."""
     async with service() as (played, submit):
@@ -145,6 +212,8 @@ async def test_no_data_key() -> None:
         (("--sealed", "--pool", "x"), "--kms-key"),
         (("--sealed", "--pool", "x", "--kms-key", "alias/x", "--allow-simulated"), "ARN"),
         (("--sealed", "--pool", "x", "--kms-key", ARN), "--pcr0"),
+        (("--sealed", "--pool", "x", "--kms-key", ARN), "--allow-simulated"),
+        (("--sealed", "--pool", "x", "--kms-key", ARN, "--pcr3", PCR0), "--pcr8"),
         (("--sealed", "--pool", "x", "--kms-key", ARN, "--pcr0", "12"), "96 hex digits"),
         (("--sealed", "--pool", "x", "--kms-key", ARN, "--pcr0", "00" * 48), "debug"),
         (SIMULATED, "--pool"),
@@ -161,6 +230,7 @@ async def test_no_data_key() -> None:
         (("m", "p", "--kms-key", ARN), "--kms-key is for --sealed"),
         (("m", "p", "--allow-simulated"), "--allow-simulated is for --sealed"),
         (("m", "p", "--keep"), "--keep is for --sealed"),
+        (("m", "p", "--open-seconds", "0"), "--open-seconds is for --sealed"),
         (("m",), "task_preset"),
         ((), "model_id"),
     ],

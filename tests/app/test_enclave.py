@@ -437,6 +437,24 @@ async def test_nitro_without_its_image_file(tmp_path: Path, docker_engine: objec
         await until(lambda: "enclave_image/build.sh" in (found.health.reason or ""))
 
 
+@pytest.mark.parametrize(
+    ("mode", "makes"),
+    [
+        ("nitro", "docker build -t gpu-server/missing:dev enclave_image/runner makes it"),
+        ("simulated", "./scripts/build_images.sh enclave makes it"),
+    ],
+)
+async def test_without_its_image(tmp_path: Path, docker_engine: object, mode: str, makes: str) -> None:
+    """The reason names the command that makes the image that is missing, the runner's or the program's."""
+    missing = "gpu-server/missing:dev"
+    wanted = settings(enclave=mode, enclave_runner_image=missing, enclave_image=missing)
+    found = enclave_of(wanted, "docker", f"{mode}-without-image", tmp_path, None)
+    assert found is not None
+    async with running(found):
+        await until(lambda: f"there is no image {missing}" in (found.health.reason or ""))
+        assert makes in (found.health.reason or "")
+
+
 async def test_a_long_run_dir(tmp_path: Path) -> None:
     """A path that is too long for a socket is none the less one where the enclave can be reached."""
     folder = tmp_path / ("x" * 100)

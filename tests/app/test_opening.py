@@ -32,7 +32,7 @@ async def test_what_comes_of_it(tmp_path: Path) -> None:
         answer = (await sealed.ask_to_open(session_id, wrapped_key)).json
         worker = sealed.workers.keys[session_id]
         assert b64decode(answer["worker_key"]) == worker.public
-        assert b64decode(answer["epoch"]) == sealed.enclave.epoch
+        assert bytes.fromhex(answer["epoch"]) == sealed.enclave.epoch
         assert (answer["slots"], answer["mode"]) == ([], "simulated")
         client = await sealed.open(session_id)
         (first, second) = sealed.api.world.session(session_id).grants.values()

@@ -109,7 +109,6 @@ def test_the_difficulty(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("", SealedUse.ALLOWED),
-        ("sealed: required", SealedUse.REQUIRED),
         ("sealed: off", SealedUse.OFF),  # which is a boolean in YAML
         ("sealed: 'off'", SealedUse.OFF),
         ("contract: exec", SealedUse.OFF),
@@ -118,6 +117,16 @@ def test_the_difficulty(tmp_path: Path) -> None:
 def test_sealed(tmp_path: Path, line: str, expected: SealedUse) -> None:
     """A preset says whether its sessions may, or must, be sealed; by default http ones may."""
     assert one(tmp_path, line).workload("m", "p").sealed is expected
+
+
+def test_sealed_only(tmp_path: Path) -> None:
+    """What must be sealed is served by the name of its pool."""
+    text = """
+    pools: {only: {model_id: m, task_preset: p}}
+    models: {m: {p: {docker_image: image, sealed: required}}}
+    """
+    loaded = load(tmp_path, text)
+    assert loaded.get(*loaded.pool("only")).workload("m", "p").sealed is SealedUse.REQUIRED
 
 
 @pytest.mark.parametrize("line", ["sealed: on", "sealed: never", "sealed: required\n      contract: exec"])
@@ -219,6 +228,15 @@ MISTAKES = {
         """,
         ["3: models.m.p: Value error, the OpenAI routes need sessions, which an exec preset has not"],
     ),
+    "openai without seals": (
+        """\
+        models:
+          m:
+            p: {docker_image: image, openai: true, sealed: required}
+        pools: {only: {model_id: m, task_preset: p}}
+        """,
+        ["3: models.m.p: Value error, the OpenAI routes cannot seal: openai must be false"],
+    ),
     "missing field": (
         """\
         models:
@@ -306,6 +324,21 @@ MISTAKES = {
         [
             "7: pools.nowhere: there is no preset m/x",
             "8: pools.program: preset m/e has the exec contract",
+        ],
+    ),
+    "sealed without a pool": (
+        """\
+        pools:
+          q: {model_id: m, task_preset: q}
+          n: {model_id: n, task_preset: p}
+        models:
+          m:
+            p: {docker_image: image, sealed: required}
+            q: {docker_image: image, sealed: required}
+        """,
+        [
+            "3: pools.n: there is no preset n/p",
+            "6: models.m.p: sealed is required, and no pool stands for this preset",
         ],
     ),
     "names of pools": (

@@ -190,7 +190,7 @@ class SealedService(Played):
         return {
             "document": text(document),
             "worker_key": text(self.worker.public),
-            "epoch": text(binding.epoch),
+            "epoch": binding.epoch.hex(),
             "slots": [],
             "mode": "simulated",
         }

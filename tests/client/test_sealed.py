@@ -21,6 +21,7 @@ from gpu_server.client import (
     Expected,
     Malformed,
     OpenRefused,
+    OpenTimeout,
     Refused,
     SealedSession,
     SealedStreamBroken,
@@ -81,7 +82,10 @@ async def test_a_sealed_session() -> None:
             assert session.assurance == "simulated"
             assert session.attestation.epoch == epoch_of(service.enclave)
             kept = attestation.verify(
-                session.document, nonce=service.nonces[0], pcrs=EXPECTED.pcrs, allow_simulated=True
+                session.document,
+                nonce=service.nonces[0],
+                pcrs={0: MEASUREMENTS[0]},
+                allow_simulated=True,
             )
             assert kept == session.attestation
             first, second = await submit(session), await submit(session, {"prompt": "more"})
@@ -138,6 +142,35 @@ async def test_isolated_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refused.value.reason == "pcr"
 
 
+async def test_a_signed_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate that signed the program may be pinned alone, also several of them."""
+    signed = {**MEASUREMENTS, 8: bytes([8]) * 48}
+    nsm = SoftwareNsm(signed)
+    fingerprint = attestation.hashlib.sha256(nsm.root).digest()
+    monkeypatch.setattr(attestation, "AWS_ROOT_SHA256", fingerprint)
+    monkeypatch.setitem(attestation.verify.__kwdefaults__, "roots", (fingerprint,))
+    async with sealed_world() as (client, service):
+        service.enclave = PlayedEnclave(nsm)
+        for values in (signed[8].hex(), [PCR0, signed[8].hex()]):
+            async with await opened(
+                client, service, expect=Expected(pcr8=values), allow_simulated=False
+            ) as session:
+                assert said(await submit(session)) == ["hello", CANARY, "again"]
+        with pytest.raises(AttestationRefused) as refused:
+            await opened(client, service, expect=Expected(pcr8=PCR0), allow_simulated=False)
+        assert refused.value.reason == "pcr"
+
+
+async def test_an_upgrade() -> None:
+    """The old program and the new one are both accepted where both are expected, and a third is not."""
+    async with sealed_world() as (client, service):
+        both = Expected(pcr0=["0b" * 48, PCR0])
+        async with await opened(client, service, expect=both) as session:
+            assert said(await submit(session)) == ["hello", CANARY, "again"]
+        with pytest.raises(AttestationRefused):
+            await opened(client, service, expect=Expected(pcr0=["0b" * 48, "0c" * 48]))
+
+
 # -- what is asked of the caller --------------------------------------------------------------------------
 
 
@@ -145,7 +178,7 @@ async def test_isolated_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     "options",
     [
         {"expect": None, "allow_simulated": False},
-        {"expect": Expected(pcr8=PCR0), "allow_simulated": False},
+        {"expect": Expected(pcr1=PCR0, pcr3=PCR0), "allow_simulated": False},
         {"pool": None},
         {"pool": None, "model_id": "m"},
         {"model_id": "m"},
@@ -155,7 +188,7 @@ async def test_isolated_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 async def test_what_must_be_said(options: dict[str, Any]) -> None:
-    """PCR0 must be pinned where a simulation will not do; and a session must be named one way."""
+    """PCR0 or PCR8 must be pinned where a simulation will not do; and a session must be named one way."""
     async with sealed_world() as (client, service):
         with pytest.raises(ValueError):  # noqa: PT011  # each has words of its own
             await opened(client, service, **options)
@@ -301,7 +334,7 @@ async def test_the_tenant_that_was_said() -> None:
 async def test_the_epoch_is_the_documents(epoch: bytes | None) -> None:
     """The epoch comes from the document: what the answer says of it changes nothing."""
     async with sealed_world() as (client, service):
-        answers(epoch=lambda _: None if epoch is None else text(epoch))(service)
+        answers(epoch=lambda _: None if epoch is None else epoch.hex())(service)
         async with await opened(client, service) as session:
             assert said(await submit(session)) == ["hello", CANARY, "again"]
 
@@ -369,21 +402,47 @@ async def test_what_is_not_there_yet() -> None:
     passing = [(409, "session_not_ready"), (503, "enclave_unavailable"), (503, "kms_down")]
     async with sealed_world() as (client, service):
         service.refusals = list(passing)
-        async with await opened(client, service) as session:
+        heard: list[str] = []
+        async with await opened(client, service, on_wait=heard.append) as session:
             assert said(await submit(session)) == ["hello", CANARY, "again"]
         assert len(service.clock.pauses) == len(passing)
+        assert heard == [f"waiting, refused with {code}: some detail" for _, code in passing]
+
+
+async def test_why_it_waits() -> None:
+    """Who waits for a slot and a worker hears it, each reason once."""
+    async with sealed_world() as (client, service):
+        service.looks = 4
+        service.session = {"state": "waiting", "stage": None}
+
+        async def leased() -> None:
+            service.session = {"state": "preparing", "stage": "container"}
+
+        service.clock.then[2] = leased
+        heard: list[str] = []
+        async with await opened(client, service, on_wait=heard.append):
+            pass
+        assert heard == [
+            "waiting for a slot: all are taken",
+            "waiting for its worker, which is being started (container)",
+        ]
 
 
 async def test_waiting_is_bounded() -> None:
     """What does not come is told with the last refusal; and the whole opening has its time."""
-    async with sealed_world(reconnect_seconds=10) as (client, service):
-        service.refusals = [(503, "enclave_unavailable")] * 100
-        with pytest.raises(Refused, match="enclave_unavailable"):
-            await opened(client, service)
-        assert sum(service.clock.pauses) == pytest.approx(10)
-        service.session = {"worker_key": None}
-        with pytest.raises(TimeoutError):
+    async with sealed_world(reconnect_seconds=1000) as (client, service):
+        for code in ("enclave_unavailable", "kms_down"):
+            service.clock.pauses.clear()
+            service.refusals = [(503, code)] * 100
+            with pytest.raises(Refused, match=code):
+                await opened(client, service, trouble_seconds=10)
+            assert sum(service.clock.pauses) == pytest.approx(10)
+        assert service.ended == ["s_1"] * 2
+        service.refusals = []
+        service.session = {"worker_key": None, "state": "waiting"}
+        with pytest.raises(OpenTimeout, match="waiting for a slot"):
             await opened(client, service, open_seconds=0.05)
+        assert service.ended == ["s_1"] * 3
 
 
 async def test_reopening_is_bounded() -> None:

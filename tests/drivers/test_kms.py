@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from gpu_server.drivers.kms import AT_ONCE, MAX_ANSWER_BYTES, REGIONS, TRIES, AwsKeyService
 from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
@@ -110,6 +111,37 @@ async def test_denials(emulator: KmsEmulator) -> None:
                 await release(keys, **{**good, **change})
             assert str(caught.value) == f"KMS does not release the key ({code})"
             assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("code", "event"), [("AccessDeniedException", "kms.denied"), ("ExpiredTokenException", "kms.failed")]
+)
+async def test_what_the_operator_looks_for(code: str, event: str) -> None:
+    """The log names key, tenant, pool, KMS's code and the id of the request, and nothing else of the context
+    or of KMS's text."""
+
+    async def answer(request: web.Request) -> web.Response:
+        headers = {"x-amzn-RequestId": "the-id-of-it" * 10, "Content-Type": "application/x-amz-json-1.1"}
+        body = json.dumps({"__type": code, "message": "secret-role"}).encode()
+        return web.Response(status=400, body=body, headers=headers)
+
+    async with played_kms(answer) as url:
+        with (
+            service(url) as keys,
+            capture_logs() as lines,
+            pytest.raises((KeyServiceDenied, KeyServiceDown)),
+        ):
+            await release(keys, context={**CONTEXT, "more": "hidden"})
+    assert lines == [
+        {
+            "event": event,
+            "log_level": "warning",
+            "kms_key_arn": ARN,
+            **CONTEXT,
+            "code": code,
+            "request_id": ("the-id-of-it" * 10)[:60],
+        }
+    ]
 
 
 @pytest.mark.parametrize(

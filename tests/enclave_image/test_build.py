@@ -13,7 +13,11 @@ import pytest
 
 from tests.enclave_image.nitro_host import ROOT, NitroHost, nitro_host
 
-POLICY = ["--tenant", "acme", "--tenant-arn", "t", "--node-role-arn", "n", "--admin-arn", "a"]
+ROLE = "arn:aws:iam::123456789012:role"
+POLICY = [
+    *("--tenant", "acme", "--tenant-arn", f"{ROLE}/client"),
+    *("--node-role-arn", f"{ROLE}/node", "--admin-arn", f"{ROLE}/admin"),
+]
 
 
 @pytest.fixture

@@ -27,13 +27,13 @@ def measured(first: int = 1, **more: str) -> dict[str, Any]:
     return {"Measurements": {"HashAlgorithm": "Sha384 { ... }", **pcrs, **more}}
 
 
-def fill(tmp_path: Path, *documents: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def fill(tmp_path: Path, *documents: object, **names: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(PROGRAM)]
     for number, document in enumerate(documents):
         path = tmp_path / f"{number}.json"
         path.write_text(json.dumps(document))
         command += ["--measurements", str(path)]
-    for name, value in NAMES.items():
+    for name, value in {**NAMES, **names}.items():
         command += [f"--{name}", value]
     return subprocess.run(command, capture_output=True, text=True, timeout=30)
 
@@ -116,14 +116,74 @@ def test_a_signed_image_pins_its_certificate(tmp_path: Path) -> None:
         {"Measurements": {**measured()["Measurements"], "PCR0": "00" * 48}},
         {"Measurements": {**measured()["Measurements"], "PCR1": "*" * 96}},
         {"Measurements": {"PCR0": "11" * 48, "PCR1": "22" * 48}},
+        {"PCR0": "11" * 48, "PCR1": "22" * 48},
+        {"Measurements": "11" * 48},
+        ["PCR0"],
     ],
-    ids=["nothing", "short", "debug", "a pattern", "one missing"],
+    ids=["nothing", "short", "debug", "a pattern", "one missing", "flat, one missing", "text", "an array"],
 )
-def test_what_is_no_measurement(tmp_path: Path, document: dict[str, Any]) -> None:
+def test_what_is_no_measurement(tmp_path: Path, document: object) -> None:
     """No policy is made that would let in a debug enclave, or any."""
     done = fill(tmp_path, document)
     assert (done.returncode, done.stdout) == (1, "")
     assert "PCR" in done.stderr
+
+
+def test_the_form_of_a_simulation(tmp_path: Path) -> None:
+    """What `python -m enclave --measurements` prints has no `Measurements` around it, and gives the same
+    policy as if it had; with PCR8 in it too."""
+    for more in ({}, {"PCR8": "ee" * 48}):
+        flat = {name: value for name, value in measured(**more)["Measurements"].items() if "PCR" in name}
+        assert filled(tmp_path, flat) == filled(tmp_path, measured(**more))
+    printed = subprocess.run(
+        [sys.executable, "-m", "enclave", "--measurements"],
+        env={"PYTHONPATH": f"{ROOT / 'enclave_image'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    simulated = json.loads(printed.stdout)
+    conditions = filled(tmp_path, simulated)["EnclaveOpensDataKeys"]["Condition"]["StringEqualsIgnoreCase"]
+    assert conditions["kms:RecipientAttestation:PCR0"] == [simulated["PCR0"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tenant", "two words"),
+        ("tenant", "*"),
+        ("tenant-arn", "acme-client"),
+        ("tenant-arn", "*"),
+        ("tenant-arn", "arn:aws:iam::210987654321:role/*"),
+        ("tenant-arn", "arn:aws:iam::2109:role/acme-client"),
+        ("tenant-arn", "arn:aws:sts::210987654321:assumed-role/acme-client/session"),
+        ("node-role-arn", "arn:aws:iam::123456789012:root"),
+        ("node-role-arn", "arn:aws:iam::123456789012:instance-profile/gpu-node"),
+        ("admin-arn", "arn:aws:kms:eu-central-1:210987654321:key/0a1b2c3d"),
+        ("admin-arn", "arn:aws:iam::210987654321:root\n"),
+    ],
+)
+def test_what_names_nobody(tmp_path: Path, name: str, value: str) -> None:
+    """No policy is made with a text that is no principal, or with a pattern; the message says which."""
+    done = fill(tmp_path, measured(), **{name: value})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"key_policy: --{name} is ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tenant-arn", "arn:aws:iam::210987654321:user/people/ann@example.com"),
+        ("node-role-arn", "arn:aws-us-gov:iam::123456789012:role/nodes/gpu-node_1"),
+        ("admin-arn", "arn:aws-cn:iam::210987654321:role/key-admin"),
+    ],
+)
+def test_who_may_be_named(tmp_path: Path, name: str, value: str) -> None:
+    """Roles and users, with a path or without, of every partition that has KMS with enclaves."""
+    done = fill(tmp_path, measured(), **{name: value})
+    assert done.returncode == 0, done.stderr
+    assert value in done.stdout
 
 
 def test_signed_and_unsigned_images_do_not_mix(tmp_path: Path) -> None:

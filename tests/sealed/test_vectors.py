@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from gpu_server.sealed import delivery
+from gpu_server.sealed.attestation import Attestation, verify
 from gpu_server.sealed.canonical import Value, decode, encode
 from gpu_server.sealed.chunks import ChunkReader
-from gpu_server.sealed.errors import SealedError
+from gpu_server.sealed.errors import AttestationRefused, SealedError
 from gpu_server.sealed.frames import FrameReader, decode_reply, decode_request
 from gpu_server.sealed.grant import Binding, WorkerKey, open_grant
 from gpu_server.sealed.request import RequestOpener, read_head
@@ -24,9 +26,9 @@ from scripts import make_sealed_vectors as script
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs/sealed-vectors"
 
-CANONICAL, GRANT, REQUEST, RESPONSE, FRAMES, DELIVERY = (
+ATTESTATION, CANONICAL, GRANT, REQUEST, RESPONSE, FRAMES, DELIVERY = (
     json.loads((FOLDER / f"{name}.json").read_text())
-    for name in ("canonical", "grant", "request", "response", "frames", "delivery")
+    for name in ("attestation", "canonical", "grant", "request", "response", "frames", "delivery")
 )
 RAW = bytes.fromhex
 
@@ -111,6 +113,9 @@ def test_the_large_request() -> None:
     (vector,) = REQUEST["by_digest"]
     body = script.sealer("large").body(bytes(i % 251 for i in range(vector["plaintext_bytes"])))
     assert (len(body), sha256(body).hexdigest()) == (vector["body_bytes"], vector["body_sha256"])
+    chunks = ChunkReader().feed(body[read_head(body)[1] :])
+    assert len(list(chunks)) == len(vector["piece_bytes"])
+    assert sum(vector["piece_bytes"]) == vector["plaintext_bytes"]
 
 
 @pytest.mark.parametrize("vector", REQUEST["refused"], ids=lambda vector: vector["name"])
@@ -195,3 +200,39 @@ def test_delivery() -> None:
     (pieces,) = [item["pieces"] for item in REQUEST["good"] if item["name"] == DELIVERY["request"]]
     assert opener.open(found.body[begin:]).hex() == "".join(pieces)
     assert DELIVERY["media_type"] == delivery.MEDIA_TYPE
+
+
+def attested(document: str, at: str, **options: Any) -> Attestation:
+    """A document that the client has verified against all that it expects, epoch and slots included."""
+    found = verify(
+        RAW(document),
+        nonce=RAW(ATTESTATION["nonce"]),
+        pcrs={int(index): RAW(data) for index, data in ATTESTATION["pcrs"].items()},
+        max_age=ATTESTATION["max_age_seconds"],
+        at=datetime.fromisoformat(at),
+        **{"roots": [RAW(ATTESTATION["root_sha256"])], **options},
+    )
+    assert found.epoch.hex() == ATTESTATION["epoch"]
+    assert [record.hex() for record in found.slots] == ATTESTATION["slots"]
+    return found
+
+
+@pytest.mark.parametrize("vector", ATTESTATION["good"], ids=lambda vector: vector["name"])
+def test_attestation(vector: dict[str, str]) -> None:
+    """Every document is accepted at its time under its own root, and by nobody who trusts AWS's alone."""
+    assert sha256(RAW(ATTESTATION["root"])).hexdigest() == ATTESTATION["root_sha256"]
+    found = attested(vector["document"], ATTESTATION["at"])
+    assert found.public_key == RAW(ATTESTATION["public_key"])
+    assert found.user_data == RAW(ATTESTATION["user_data"])
+    for options in ({}, {"allow_simulated": True}):
+        with pytest.raises(AttestationRefused) as caught:
+            verify(RAW(vector["document"]), nonce=None, pcrs={}, at_document_time=True, **options)
+        assert caught.value.reason == "root"
+
+
+@pytest.mark.parametrize("vector", ATTESTATION["refused"], ids=lambda vector: vector["name"])
+def test_refused_attestation(vector: dict[str, str]) -> None:
+    """Every other document is refused, for the reason that stands beside it."""
+    with pytest.raises(AttestationRefused) as caught:
+        attested(vector["document"], vector["at"])
+    assert caught.value.reason == vector["reason"]
