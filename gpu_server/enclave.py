@@ -62,6 +62,7 @@ class EnclaveSupervisor:
         self._health = _down("it has not been started yet")
         self._looked = self._up = self._stopped = False
         self._misses = 0
+        self._failure = ""  # of the last start, until one succeeds
         self._had_one = False
         self._backoff, self._start_at, self._up_since = 0.0, 0.0, 0.0
         self._turn = asyncio.Lock()  # whoever starts, ends or checks it is alone with it
@@ -198,7 +199,8 @@ class EnclaveSupervisor:
 
     async def _start(self) -> None:
         """Start it anew, and see it ready. Raises `EnclaveDown` and `RuntimeUnreachable`."""
-        self._up, self._health = False, _down("it is being started")
+        again = f" again; the last time: {self._failure}" if self._failure else ""
+        self._up, self._health = False, _down(f"it is being started{again}")
         self._link.close()
         await self._host.stop(STOP_GRACE_SECONDS)  # the runner's is to terminate its enclave
         if self._had_one:
@@ -238,6 +240,7 @@ class EnclaveSupervisor:
                 raise EnclaveDown(f"it does not make its key: {error}") from error
         if epoch != self._health.epoch:
             log.info("enclave.ready", mode=self.mode, epoch=epoch.hex(), version=status.version)
+        self._failure = ""
         self._health = EnclaveHealth(healthy=True, reason=None, epoch=epoch)
 
     def _fell(self, why: str) -> None:
@@ -247,7 +250,7 @@ class EnclaveSupervisor:
             self._backoff = 0.0
         self._backoff = min(2 * self._backoff or FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS)
         self._up, self._misses, self._start_at = False, 0, now + self._backoff
-        self._health = _down(why)
+        self._failure, self._health = why, _down(why)
         log.error("enclave.down", reason=why, retry_in=self._backoff)
 
 

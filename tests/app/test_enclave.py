@@ -267,7 +267,9 @@ async def test_one_that_refuses_to_say_how_it_is(host: FakeEnclaveHost) -> None:
         assert await healthy(enclave) != epoch
 
 
-async def test_one_that_somebody_else_initialised(host: FakeEnclaveHost) -> None:
+async def test_one_that_somebody_else_initialised(
+    host: FakeEnclaveHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who was faster with INIT chose what documents say of the slots; and what is ready right after a start
     may be the enclave before it, which has not quite gone. Neither is taken for the one that was started."""
     foreign = EnclaveLink(host.path)
@@ -279,6 +281,7 @@ async def test_one_that_somebody_else_initialised(host: FakeEnclaveHost) -> None
             await foreign.init((b"x" * 32,))
 
     host.start = and_init  # type: ignore[method-assign]
+    monkeypatch.setattr("gpu_server.enclave.BOOT_PAUSE_SECONDS", 5.0)
     clock = HurriedClock()
     before = clock.now()
     async with running(supervisor(host, clock)) as enclave:

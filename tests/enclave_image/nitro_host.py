@@ -32,6 +32,14 @@ class NitroHost:
         """The next calls of run-enclave go wrong like this; OK lets one pass."""
         (self.folder / "faults").write_text("\n".join(codes))
 
+    @contextmanager
+    def broken(self, code: str) -> Iterator[None]:
+        """Every call of run-enclave goes wrong like this, until the operator has put it right."""
+        marker = self.folder / "broken"
+        marker.write_text(code)
+        yield
+        marker.unlink()
+
     @property
     def calls(self) -> list[str]:
         """The commands that were called, without their options."""

@@ -1,14 +1,16 @@
-"""A clock for what waits for real programs: hours pass in seconds, but never before others had their turn."""
+"""A clock for what waits for real programs: hours pass in moments, and who polls still gives them their time."""
 
 from __future__ import annotations
 
 import asyncio
 
-_TURN = 0.001
+_LONGEST = 0.02
+"""Seconds. A sleep that is shorter than this is not shortened: a limit that is made of many short pauses is as long
+as it says, however slowly the machine starts a program."""
 
 
 class HurriedClock:
-    """`Clock` whose every sleep is short, and over at its end; time moves by what was slept."""
+    """`Clock` whose long sleeps are short, and over at their end; time moves by what was slept."""
 
     def __init__(self) -> None:
         self._now = 1000.0
@@ -18,12 +20,10 @@ class HurriedClock:
 
     async def sleep_until(self, when: float | None, *, wake: asyncio.Event | None = None) -> None:
         wake = wake or asyncio.Event()
-        while True:
-            try:
-                async with asyncio.timeout(_TURN):
-                    await wake.wait()
-                return
-            except TimeoutError:
-                if when is not None:
-                    self._now = max(self._now, when)
-                    return
+        pause = None if when is None else min(max(when - self._now, 0.0), _LONGEST)
+        try:
+            async with asyncio.timeout(pause):
+                await wake.wait()
+        except TimeoutError:
+            if when is not None:
+                self._now = max(self._now, when)
