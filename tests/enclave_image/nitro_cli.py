@@ -1,7 +1,8 @@
 """A stand-in for nitro-cli: the same commands, JSON, messages and exit statuses, with a simulated enclave.
 
 Run as a program. NITRO_STATE names its folder: `faults` has one error a line (E29, E36, ...), each for one
-call of run-enclave, `broken` the one of all calls while it is there; `socket` is where the enclave listens; `running/ID` holds a pid; `log` has the calls.
+call of run-enclave, `broken` the one of all calls while it is there; `socket` is where the enclave listens;
+`running/ID` holds a pid; `log` has the calls.
 """
 
 from __future__ import annotations

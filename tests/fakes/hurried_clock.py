@@ -1,12 +1,12 @@
-"""A clock for what waits for real programs: hours pass in moments, and who polls still gives them their time."""
+"""A clock for what waits for real programs: hours pass in moments, what is polled has its time."""
 
 from __future__ import annotations
 
 import asyncio
 
 _LONGEST = 0.02
-"""Seconds. A sleep that is shorter than this is not shortened: a limit that is made of many short pauses is as long
-as it says, however slowly the machine starts a program."""
+"""Seconds. A sleep that is shorter than this is not shortened: a limit made of many short pauses is as
+long as it says, however slowly the machine starts a program."""
 
 
 class HurriedClock:
