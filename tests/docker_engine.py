@@ -29,9 +29,11 @@ _PATIENCE = 60.0
 _CGROUPS = Path("/sys/fs/cgroup")
 # The first process of the spare engine's namespaces: it ends with its standard input, and what its children
 # leave behind is reaped, or a new engine would take an old one's number for alive. A containerd of the
-# machine's own is hidden, or the engine would use that.
+# machine's own is hidden, or the engine would use that. The engine's data are in memory: to write an image to
+# a disk and to remove it again takes longer than all that is done with it.
 _FIRST = (
-    "mkdir -p /run/containerd && mount -t tmpfs none /run/containerd && exec "
+    "mkdir -p /run/containerd && mount -t tmpfs none /run/containerd && "
+    + 'mount -t tmpfs none "$1" && exec '
     + sys.executable
     + ' -S -c "'
     + "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True);"
@@ -104,6 +106,7 @@ class SpareEngine:
         self._pid = 0
         # Nothing of the machine's own settings.
         (folder / "daemon.json").write_text("{}")
+        (folder / "data").mkdir()
         self._space = subprocess.Popen(
             [
                 "unshare",
@@ -116,6 +119,8 @@ class SpareEngine:
                 "sh",
                 "-c",
                 _FIRST,
+                "sh",
+                str(folder / "data"),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -187,7 +192,8 @@ class SpareEngine:
         if self._entered is not None:
             self._entered.kill()
             self._entered.wait(_PATIENCE)
-        for found in _CGROUPS.glob(f"**/{self._cgroup}"):
+        # Not by a glob: that is an error where somebody else's group goes away meanwhile.
+        for found in [folder for folder, _, _ in os.walk(_CGROUPS) if Path(folder).name == self._cgroup]:
             for cgroup, _, _ in os.walk(found, topdown=False):
                 os.rmdir(cgroup)
 
@@ -204,7 +210,10 @@ class SpareEngine:
 
     def _is_stopped(self) -> bool:
         threads = Path(f"/proc/{self._pid}/task").glob("*/stat")
-        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads)
+        try:
+            return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads)
+        except OSError:  # a thread has just ended
+            return False
 
     def _end_with(self, number: signal.Signals) -> None:
         assert self._entered is not None

@@ -3,10 +3,10 @@
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +137,12 @@ def set_up(checkout: Path, script: str = "setup", **environment: str) -> subproc
     return run("bash", "-euo", "pipefail", "-c", command, cwd=checkout, **environment)
 
 
+def work_of_children() -> float:
+    """Seconds of a processor, which do not pass while the machine is busy with something else."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 # A pip that writes down what it was asked for, in place of a minute of installing.
 RECORD_PIP = '_pip() { echo "$*" >>pip.txt; }; '
 
@@ -146,9 +152,9 @@ def test_setup_does_nothing_the_second_time(checkout: Path) -> None:
     first = set_up(checkout, RECORD_PIP + "setup")
     assert first.returncode == 0, first.stderr
     assert len((checkout / "pip.txt").read_text().splitlines()) == 2
-    started = time.monotonic()
+    before = work_of_children()
     second = set_up(checkout, RECORD_PIP + "setup")
-    took = time.monotonic() - started
+    took = work_of_children() - before
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
     assert len((checkout / "pip.txt").read_text().splitlines()) == 2
     assert took < 3, "0.05 s on an idle machine"

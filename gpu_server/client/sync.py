@@ -43,11 +43,7 @@ class SyncClient:
     def close(self) -> None:
         """Close its connections and end its thread; a thread that waits for an event is let go, with
         `concurrent.futures.CancelledError`. Closing twice is closing once."""
-        if self._loop.running:
-            try:
-                self._loop.run(_end(self._client))
-            finally:
-                self._loop.close()
+        self._loop.close(lambda: _end(self._client))
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """As `Client.call`."""
@@ -116,21 +112,13 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._closed, self._turn = False, threading.Lock()  # nothing is started behind the last
         self._thread = threading.Thread(target=self._serve, name="gpu-server-client", daemon=True)
         self._thread.start()
 
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Have this done on the loop; what interrupts the caller, Ctrl-C for one, cancels it."""
-        done = self._start(work)
-        try:
-            return done.result()
-        except BaseException:
-            done.cancel()
-            raise
+        return _wait(self._start(work))
 
     def iterate(self, events: AsyncGenerator[T, None]) -> Iterator[T]:
         """These events, read ahead by at most `READ_AHEAD`: to go to the other thread for each of them would
@@ -148,18 +136,37 @@ class _Loop:
             pump.cancel()
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        if not self.running:
-            work.close()
-            raise RuntimeError("the client is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._turn:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise RuntimeError("the client is closed")
 
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Have the last done, behind all that was started, and end the thread."""
+        with self._turn:
+            if self._closed:
+                return
+            self._closed = True
+            done = asyncio.run_coroutine_threadsafe(last(), self._loop) if last is not None else None
+        try:
+            if done is not None:
+                _wait(done)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
 
     def _serve(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.get_loop().run_forever()
+
+
+def _wait(done: Future[T]) -> T:
+    try:
+        return done.result()
+    except BaseException:
+        done.cancel()
+        raise
 
 
 async def _made(make: Callable[[], T]) -> T:

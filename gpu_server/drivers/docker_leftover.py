@@ -22,9 +22,11 @@ def processes_of(container_id: str, cgroups: Path = CGROUPS) -> set[int]:
     found: set[int] = set()
     for place in _PLACES:
         for group in cgroups.glob(place.format(container_id)):
-            for members in group.rglob("cgroup.procs"):
-                with suppress(OSError):  # the group has gone meanwhile
-                    found.update(int(line) for line in members.read_text().split())
+            # Groups go away meanwhile, for which a glob would raise.
+            for folder, _, _ in os.walk(group):
+                with suppress(OSError):
+                    members = Path(folder, "cgroup.procs").read_text()
+                    found.update(int(line) for line in members.split())
     return found
 
 

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from gpu_server.client import Client
 from tests.app.api_world import KEY
+from tests.app.processes import free_port
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Played:
     clock: Jumping
     requests: list[web.Request] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
-    port: int = 0
+    port: int = field(default_factory=free_port)  # nobody takes it meanwhile
 
     async def open(self) -> None:
         app = web.Application()
@@ -69,7 +70,6 @@ class Played:
     async def come_back(self) -> None:
         self._site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await self._site.start()
-        self.port = self._runner.addresses[0][1]
 
     @property
     def asked(self) -> list[tuple[str, str, str | None]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -35,8 +37,14 @@ def environment(tmp_path: Path, **changes: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    """A port that nobody has, and that the system gives to nobody who leaves the choice to it: so it is still
+    free when somebody binds it a while later."""
+    choice = random.SystemRandom()
+    while True:
+        port = choice.randrange(10_000, 32_000)  # below those that are given away
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("", port))
+            return port
 
 
 @dataclass
@@ -47,8 +55,13 @@ class ServiceProcess:
     url: str
     lines: list[str] = field(default_factory=list)
     up: threading.Event = field(default_factory=threading.Event)
+    reader: threading.Thread = field(init=False)
 
-    def listen(self) -> None:
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._listen)
+        self.reader.start()
+
+    def _listen(self) -> None:
         """Read the log to its end."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -64,6 +77,9 @@ class ServiceProcess:
 
     @property
     def log(self) -> str:
+        """What it has logged; all of that, once it has ended."""
+        if self.process.poll() is not None:
+            self.reader.join(60)  # the last lines may still be in the pipe
         return "".join(self.lines)
 
 
@@ -83,14 +99,12 @@ def service_process(tmp_path: Path, code: str | None = None, **settings: str) ->
         stderr=subprocess.PIPE,
     )
     found = ServiceProcess(process, f"http://127.0.0.1:{env['HTTP_PORT']}")
-    reader = threading.Thread(target=found.listen)
-    reader.start()
     try:
         assert found.up.wait(60), found.log
         yield found
     finally:
         process.kill()
         process.wait()
-        reader.join()
+        found.reader.join()
         assert process.stderr is not None
         process.stderr.close()

@@ -40,7 +40,7 @@ async def all_events(stream: Stream, after: int = 0) -> list[Event]:
 
 async def next_events(reader: AsyncIterator[bytes]) -> list[Event]:
     """What the next write to a reader holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         return parse(await anext(reader))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gpu_server.api.openai_errors import failed, refused
 from gpu_server.core.errors import FailureCode, Refusal, RefusalCode
@@ -114,7 +115,9 @@ async def test_bounds(tmp_path: Path) -> None:
 async def test_a_bug(api: Api) -> None:
     """A bug is told as one, without its details, and is not tried again."""
     api.app.state.service = None
-    answer = await api.ask("GET", "/v1/models")
+    with capture_logs() as lines:
+        answer = await api.ask("GET", "/v1/models")
+    assert [line["event"] for line in lines] == ["request.crashed"]
     assert error(answer, 500, "internal")["type"] == "server_error"
     assert answer.headers["x-should-retry"] == "false"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gpu_server.api.problems import STATUS
 from gpu_server.core.errors import RefusalCode
@@ -179,7 +180,9 @@ async def test_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(SECRET)
 
         monkeypatch.setattr(api.world.engine.node, "live_sessions", crash)
-        answer = await api.ask("GET", "/health")
+        with capture_logs() as lines:
+            answer = await api.ask("GET", "/health")
+        assert [line["event"] for line in lines] == ["request.crashed"]
         answer.problem(500, "internal")
         assert SECRET.encode() not in answer.raw
 

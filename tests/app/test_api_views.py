@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from gpu_server.api.views import LOG_TAIL_LINES
-from tests.app.api_world import api_world
+from tests.app.api_world import Api, api_world
 from tests.app.played_worker import hold
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00")
 
 
-def seconds_from_now(text: Any) -> float:
-    """A time of the interface, which must be RFC 3339 in UTC, as seconds from now."""
-    assert RFC3339.fullmatch(text), text
-    return (datetime.fromisoformat(text) - datetime.now(UTC)).total_seconds()
+class Shown:
+    """What the interface shows of something, and between which moments it was asked."""
+
+    def __init__(self, began: datetime, fields: Any) -> None:
+        self._began, self._ended, self.fields = began, datetime.now(UTC), fields
+
+    @classmethod
+    async def of(cls, api: Api, path: str) -> Shown:
+        began = datetime.now(UTC)
+        return cls(began, (await api.ask("GET", path)).json)
+
+    def is_from_then(self, text: Any, seconds: float = 0) -> bool:
+        """Whether a time, which must be RFC 3339 in UTC, is so many seconds from when it was asked for."""
+        assert RFC3339.fullmatch(text), text
+        then = datetime.fromisoformat(text) - timedelta(seconds=seconds)
+        return self._began - timedelta(milliseconds=2) <= then <= self._ended
 
 
 async def test_session(tmp_path: Path) -> None:
@@ -25,11 +37,12 @@ async def test_session(tmp_path: Path) -> None:
     settings = {"session_idle_timeout_seconds": 100, "session_max_lifetime_seconds": 1000}
     async with api_world(tmp_path, settings=settings) as api:
         session_id = await api.session(preset="two")
-        shown = (await api.ask("GET", f"/api/sessions/{session_id}")).json
-        assert abs(seconds_from_now(shown.pop("created_at"))) < 5
+        asked = await Shown.of(api, f"/api/sessions/{session_id}")
+        shown = asked.fields
+        assert asked.is_from_then(shown.pop("created_at"))
         expiry = shown.pop("expiry")
-        assert abs(seconds_from_now(expiry["idle_deadline"]) - 100) < 5
-        assert abs(seconds_from_now(expiry["max_deadline"]) - 1000) < 5
+        assert asked.is_from_then(expiry["idle_deadline"], 100)
+        assert asked.is_from_then(expiry["max_deadline"], 1000)
         assert (expiry["effective"], expiry["reason"]) == (expiry["idle_deadline"], "idle_timeout")
         assert shown == {
             "session_id": session_id,
@@ -79,7 +92,8 @@ async def test_ended_session(tmp_path: Path) -> None:
         api.world.machine.say(api.world.container(session_id), lines.encode())
         api.world.exit(session_id, 3)
         await api.world.until(lambda: api.world.session(session_id).ended)
-        shown = (await api.ask("GET", f"/api/sessions/{session_id}")).json
+        asked = await Shown.of(api, f"/api/sessions/{session_id}")
+        shown = asked.fields
         assert (shown["state"], shown["close_reason"]) == ("failed", "worker_exited")
         assert shown["error"] == {
             "code": "worker_exited",
@@ -87,7 +101,7 @@ async def test_ended_session(tmp_path: Path) -> None:
         }
         assert shown["log_tail"] == [f"line {n}" for n in range(100 - LOG_TAIL_LINES, 100)]
         assert shown["expiry"] == dict.fromkeys(shown["expiry"])
-        assert abs(seconds_from_now(shown["closed_at"])) < 5
+        assert asked.is_from_then(shown["closed_at"])
 
 
 async def test_task(tmp_path: Path) -> None:
@@ -95,9 +109,10 @@ async def test_task(tmp_path: Path) -> None:
     async with api_world(tmp_path) as api:
         task_id, session_id = api.world.submit(tenant="a", oneoff=True)
         await api.world.events(task_id)
-        shown = (await api.ask("GET", f"/api/tasks/{task_id}")).json
+        asked = await Shown.of(api, f"/api/tasks/{task_id}")
+        shown = asked.fields
         for name in ("created_at", "started_at", "finished_at"):
-            assert abs(seconds_from_now(shown.pop(name))) < 5
+            assert asked.is_from_then(shown.pop(name))
         assert shown == {
             "task_id": task_id,
             "session_id": session_id,
@@ -116,5 +131,5 @@ async def test_times_do_not_wander(tmp_path: Path) -> None:
     async with api_world(tmp_path) as api:
         session_id = await api.session()
         api.world.clock.advance(60)
-        created = (await api.ask("GET", f"/api/sessions/{session_id}")).json["created_at"]
-        assert abs(seconds_from_now(created) + 60) < 5
+        asked = await Shown.of(api, f"/api/sessions/{session_id}")
+        assert asked.is_from_then(asked.fields["created_at"], -60)

@@ -43,13 +43,10 @@ def left_in(tmp_path: Path) -> list[Path]:
     return [path for path in (tmp_path / "run").glob("*/*") if path.is_dir()]
 
 
-async def until_refused(client: Client) -> None:
-    """Wait until the service takes nothing more."""
+async def until_refused(client: Client, session: dict[str, str]) -> None:
+    """Wait until the service takes nothing more. Raises `Refused`."""
     while True:
-        try:
-            await client.call("POST", "/api/sessions", SESSION)
-        except Refused:
-            return
+        await client.call("POST", "/api/sessions", session)
 
 
 async def test_the_description(tmp_path: Path) -> None:
@@ -188,20 +185,43 @@ async def test_handing_over_after_all(tmp_path: Path) -> None:
 # -- as a process -----------------------------------------------------------------------------------------
 
 
+WAITS = """
+import asyncio
+from pathlib import Path
+from gpu_worker import Worker
+worker = Worker()
+
+@worker.task
+async def run(task, emit):
+    await emit.text_delta("begun ")
+    while not Path(task.metadata["go_on"]).exists():
+        await asyncio.sleep(0.01)
+    await emit.text_delta("ended")
+
+worker.run()
+"""
+
+
 async def test_sigterm_lets_tasks_end(tmp_path: Path) -> None:
     """A task that ends by itself is not disturbed; new work is refused meanwhile. Then no worker is left, and
     the exit status is 0."""
-    with service_process(tmp_path) as service:
+    (tmp_path / "worker.py").write_text(WAITS)
+    command = f"[python, {tmp_path / 'worker.py'}]"
+    preset = f"{{docker_image: gpu-server/waits, model: none, process_command: {command}}}"
+    (tmp_path / "presets.yaml").write_text(f"models:\n  waits:\n    p: {preset}\n")
+    session = {"model_id": "waits", "task_preset": "p"}
+    task = {**session, "task_type": "session", "metadata": {"go_on": str(tmp_path / "go_on")}}
+    with service_process(tmp_path, MODEL_PRESETS_FILE=str(tmp_path / "presets.yaml")) as service:
         seen: list[TaskEvent] = []
         async with asyncio.timeout(60), Client(service.url, KEY) as client:
-            async for event in client.submit(TALK):
+            async for event in client.submit(task):
                 seen.append(event)
-                if event.data.get("delta") == "w0 ":
+                if event.data.get("delta") == "begun ":
                     service.process.send_signal(signal.SIGTERM)
-                if event.data.get("delta") == "w5 ":
                     with pytest.raises(Refused, match="shutting_down"):
-                        await client.call("POST", "/api/sessions", SESSION)
-        assert said(seen) == TALK["metadata"]["prompt"]
+                        await until_refused(client, session)
+                    (tmp_path / "go_on").touch()
+        assert said(seen) == "begun ended"
         assert seen[-1].data["status"] == "completed"
         assert await asyncio.to_thread(service.process.wait, 60) == 0
         assert left_in(tmp_path) == []
@@ -219,7 +239,8 @@ async def test_signals(tmp_path: Path, number: signal.Signals) -> None:
                 seen.append(event)
                 if event.data.get("delta") == "held":
                     service.process.send_signal(number)
-                    await until_refused(client)
+                    with pytest.raises(Refused, match="shutting_down"):
+                        await until_refused(client, SESSION)
                     service.process.send_signal(number)
         assert seen[-1].event == "task_finish"
         assert seen[-1].data["error"]["code"] == "shutdown"

@@ -22,11 +22,17 @@ from tests.fakes.runtime import FakeScript
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exit of a worker is waited for as long as the fake takes to tell it, and so is the runtime."""
-    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
+    """Pauses are short; an exit, and what was written before it, is waited for until it is there."""
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 20.0)
     monkeypatch.setattr(attendant, "LOADING_POLL_SECONDS", 0.005)
     monkeypatch.setattr(attendant, "REATTACH_PAUSE_SECONDS", 0.005)
     monkeypatch.setattr(attendant, "UNREACHABLE_TRIES", 3)
+
+
+@pytest.fixture
+def _no_exit(_short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells of an exit here, so waiting for that is in vain, and short."""
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
 
 
 def delta(number: int) -> bytes:
@@ -53,6 +59,7 @@ async def run(
 # -- broken connections: what they do to the session; test_relay.py has what they do to the task -----------
 
 
+@pytest.mark.usefixtures("_no_exit")
 async def test_no_progress_ends_the_session(tmp_path: Path) -> None:
     """A worker that gives nothing more, however often it is asked, loses its session."""
 
@@ -72,6 +79,7 @@ async def test_no_progress_ends_the_session(tmp_path: Path) -> None:
         await world.free()
 
 
+@pytest.mark.usefixtures("_no_exit")
 @pytest.mark.parametrize("status", [404, 410])
 async def test_a_worker_that_has_forgotten(tmp_path: Path, status: int) -> None:
     """A worker that does not know its own task any more loses its session."""
@@ -379,6 +387,7 @@ async def test_a_worker_that_dies_while_it_works(tmp_path: Path) -> None:
         assert len(world.told(ev.WorkerLost)) == 1
 
 
+@pytest.mark.usefixtures("_no_exit")
 @pytest.mark.parametrize("stopping", [False, True])
 @pytest.mark.parametrize("away", [False, True])
 async def test_a_worker_whose_exit_is_heard_late(tmp_path: Path, away: bool, stopping: bool) -> None:

@@ -18,8 +18,8 @@ from tests.app.world import EXEC, World, engine_life, machine_world
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is waited for in real time is there at once in these tests, or never."""
-    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
+    """Pauses are short; an exit, and what was written before it, is waited for until it is there."""
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 20.0)
     monkeypatch.setattr(attendant, "REATTACH_PAUSE_SECONDS", 0.005)
 
 

@@ -23,11 +23,16 @@ KEY, OTHER = (b64encode(bytes([number]) * 32).decode() for number in (1, 2))
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is waited for in real time is there at once in these tests, or never."""
-    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
+    """Pauses are short; an exit, and what was written before it, is waited for until it is there."""
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 20.0)
     monkeypatch.setattr(attendant, "LOADING_POLL_SECONDS", 0.005)
     monkeypatch.setattr(attendant, "REATTACH_PAUSE_SECONDS", 0.005)
-    monkeypatch.setattr(attendant, "ADOPTION_SECONDS", 0.2)
+
+
+@pytest.fixture
+def _no_exit(_short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells of an exit here, so waiting for that is in vain, and short."""
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
 
 
 def start(world: World) -> str:
@@ -133,6 +138,7 @@ async def bad_http(worker: PlayedWorker, call: Call) -> None:
     call.cut()
 
 
+@pytest.mark.usefixtures("_no_exit")
 @pytest.mark.parametrize("script", [garbage, clear_text, bad_http])
 async def test_no_word_of_a_ready_worker(tmp_path: Path, script: TaskScript) -> None:
     """Whatever it sends instead of sealed events: its session ends, and nobody can read any of it."""

@@ -162,7 +162,7 @@ async def test_giving_up(laundry: Laundry, trouble: Callable[[Laundry], Awaitabl
 
 async def next_sleep(clock: FakeClock, washing: asyncio.Task[None]) -> float | None:
     """What the wash sleeps to, or None when it is done."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not clock.slept_to and not washing.done():  # noqa: ASYNC110 (either of two, and soon)
             await asyncio.sleep(0)
     return clock.slept_to[0] if clock.slept_to else None

@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -19,6 +20,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gpu_server import cli
+from gpu_server.client import waiting
 from gpu_server.drivers.kms import AwsKeyService
 from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
 from tests.app.api_world import KEY
@@ -128,11 +130,31 @@ async def test_one_of_several_programs() -> None:
         assert result.exit_code == 0
 
 
-async def test_why_it_waits() -> None:
+def limit_from_the_first_reason(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The time that an opening may take begins when its first reason to wait is told, and not before."""
+    limits, tell = list[asyncio.Timeout](), waiting.Waiting._tell
+
+    def timeout(given: float) -> asyncio.Timeout:
+        assert given == seconds
+        limits.append(asyncio.timeout(None))
+        return limits[0]
+
+    def tell_and_begin(self: waiting.Waiting, reason: str) -> None:
+        tell(self, reason)
+        if limits[0].when() is None:
+            limits[0].reschedule(asyncio.get_running_loop().time() + seconds)
+
+    monkeypatch.setattr(waiting, "asyncio", SimpleNamespace(timeout=timeout))
+    monkeypatch.setattr(waiting.Waiting, "_tell", tell_and_begin)
+
+
+async def test_why_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the session is not open, stderr says why, once and in one line; and there is an end to it."""
     async with service() as (played, submit):
         played.session = {"worker_key": None, "state": "waiting"}
-        result = await submit(*SIMULATED, "--pool", POOL, "--open-seconds", "0.2", *PROMPT)
+        with monkeypatch.context() as patch:
+            limit_from_the_first_reason(patch, 0.2)
+            result = await submit(*SIMULATED, "--pool", POOL, "--open-seconds", "0.2", *PROMPT)
         first, second = result.stderr.splitlines()
         assert first == "waiting for a slot: all are taken"
         assert second.startswith("the session was not open after 0.2 s; it was waiting for a slot")
@@ -145,6 +167,17 @@ async def test_why_it_waits() -> None:
         assert result.exit_code == 0
 
 
+@pytest.fixture
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell has its background jobs ignore Ctrl-C: if these tests are one, their programs inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_ending_it_while_it_waits(number: int) -> None:
     """SIGTERM and Ctrl-C end the session that was started, and say so."""

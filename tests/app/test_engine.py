@@ -340,7 +340,7 @@ async def test_drain_of_an_idle_node(tmp_path: Path, idle: bool) -> None:
     async with engine_world(tmp_path) as world:
         if idle:
             await world.ready(world.request("s_1"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             await world.engine.drain(60)
         assert world.clock.slept_to == ()
 
@@ -354,7 +354,7 @@ async def test_drain_of_a_broken_engine(tmp_path: Path) -> None:
         draining = world.group.create_task(world.engine.drain(60))
         await world.clock.until_slept_to(world.clock.now() + 60)
         world.engine._break("a bug")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             await draining
 
 
@@ -365,7 +365,7 @@ async def test_shut_down_tells_what_is_left(tmp_path: Path) -> None:
         gate = world.runtime.gates["remove"] = asyncio.Event()
         assert not await world.engine.shut_down(0.01)
         gate.set()
-        assert await world.engine.shut_down(10)
+        assert await world.engine.shut_down(60)
         assert world.machine.containers == {}
 
 

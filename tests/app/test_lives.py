@@ -26,7 +26,7 @@ from tests.fakes.runtime import FakeScript, Output
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 0.05)
+    monkeypatch.setattr(attendant, "EXIT_NEWS_SECONDS", 20.0)
     monkeypatch.setattr(attendant, "LOADING_POLL_SECONDS", 0.005)
     monkeypatch.setattr(attendant, "REATTACH_PAUSE_SECONDS", 0.005)
 
@@ -180,7 +180,7 @@ def to_its_end(world: World, story: Story) -> Story:
     async def told() -> None:
         await story()
         await story.check()
-        assert await world.engine.shut_down(10)
+        assert await world.engine.shut_down(60)
         assert world.machine.containers == {}
         assert world.folders.names() == ()
         assert world.broke == []

@@ -428,7 +428,7 @@ LIVES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(LIVES, max_size=40), st.sampled_from([500, 3000, 1 << 20]), st.booleans())
 async def test_another_life_shows_the_same(steps: list[tuple[str, Any]], bound: int, forgotten: bool) -> None:
     """Whatever is written, and however often the service is killed between: readers see, from wherever they

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from base64 import b64encode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +15,6 @@ from aiohttp import web
 
 from gpu_server.client import AwsDataKeys, DataKey, DataKeyFailed, Malformed
 from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
-from tests.app.processes import free_port
 from tests.client.sealed_world import ARN
 
 CONTEXT = {"tenant": "acme", "pool": "chat"}
@@ -62,9 +62,17 @@ async def test_no_such_key() -> None:
             assert failed.value.code == code
 
 
-async def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port on which nobody listens, and that nobody else can get."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+async def test_nobody_there(monkeypatch: pytest.MonkeyPatch, deaf_port: int) -> None:
     """A KMS that cannot be reached, and missing credentials, are told in words."""
-    keys = AwsDataKeys(endpoint_url=f"http://127.0.0.1:{free_port()}")
+    keys = AwsDataKeys(endpoint_url=f"http://127.0.0.1:{deaf_port}")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the pauses between boto3's tries
     with pytest.raises(DataKeyFailed, match="Could not connect") as failed:
         await keys.generate(ARN, CONTEXT)

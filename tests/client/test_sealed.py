@@ -8,6 +8,7 @@ import sys
 from base64 import b64decode
 from collections.abc import Callable
 from os import urandom
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -28,6 +29,7 @@ from gpu_server.client import (
     SessionEnded,
     TaskEvent,
     open_sealed,
+    waiting,
 )
 from gpu_server.client import sealed as module
 from gpu_server.sealed import attestation
@@ -379,6 +381,29 @@ async def test_slots_that_are_attested() -> None:
 # -- waiting ----------------------------------------------------------------------------------------------
 
 
+class Limits:
+    """The limits of all openings, each over when the test says so, however long the machine takes."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        self.seconds.append(seconds)
+        self._last = asyncio.timeout(None)
+        return self._last
+
+    async def over(self) -> None:
+        """The last one's time is up."""
+        self._last.reschedule(asyncio.get_running_loop().time())
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
+    limits = Limits()
+    monkeypatch.setattr(waiting, "asyncio", SimpleNamespace(timeout=limits.timeout))
+    return limits
+
+
 @pytest.mark.parametrize("state", ["draining", "closed", "failed"])
 async def test_a_session_that_ends(state: str) -> None:
     """A session that ends before its worker shows a key is told with its reason."""
@@ -428,7 +453,7 @@ async def test_why_it_waits() -> None:
         ]
 
 
-async def test_waiting_is_bounded() -> None:
+async def test_waiting_is_bounded(limits: Limits) -> None:
     """What does not come is told with the last refusal; and the whole opening has its time."""
     async with sealed_world(reconnect_seconds=1000) as (client, service):
         for code in ("enclave_unavailable", "kms_down"):
@@ -440,26 +465,30 @@ async def test_waiting_is_bounded() -> None:
         assert service.ended == ["s_1"] * 2
         service.refusals = []
         service.session = {"worker_key": None, "state": "waiting"}
-        with pytest.raises(OpenTimeout, match="waiting for a slot"):
-            await opened(client, service, open_seconds=0.05)
+        service.clock.then[len(service.clock.pauses) + 3] = limits.over
+        with pytest.raises(OpenTimeout, match="not open after 7 s; it was waiting for a slot"):
+            await opened(client, service, open_seconds=7)
+        assert limits.seconds[-1] == 7
         assert service.ended == ["s_1"] * 3
 
 
-async def test_reopening_is_bounded() -> None:
+async def test_reopening_is_bounded(limits: Limits) -> None:
     """A service that never answers does not hold a reopening for ever."""
     over = asyncio.Event()
     async with sealed_world() as (client, service):
-        session = await opened(client, service, open_seconds=2)
+        session = await opened(client, service, open_seconds=7)
         release = service.kms.release
 
         async def never(**options: Any) -> bytes:
+            await limits.over()
             await over.wait()
             return await release(**options)
 
         service.kms.release = never  # type: ignore[method-assign]
         try:
-            with pytest.raises(TimeoutError):
+            with pytest.raises(OpenTimeout):
                 await session.reopen()
+            assert limits.seconds == [7, 7]
         finally:
             over.set()
 

@@ -9,7 +9,7 @@ from os import urandom
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_server.client import TaskEvent
@@ -240,7 +240,6 @@ words: Any = st.sampled_from(["sealed", "connection", "gap", "task_finish", "tex
 json: Any = st.none() | st.text(max_size=20) | st.lists(st.integers(), max_size=2)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # of a machine that is busy otherwise
 @given(
     st.lists(
         st.tuples(words, st.dictionaries(st.sampled_from(["data", "status", "x"]), json, max_size=3)),

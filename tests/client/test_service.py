@@ -367,9 +367,11 @@ async def test_an_answer_that_is_no_json() -> None:
             await client.call("GET", "/api/sessions")
 
 
-async def test_a_service_that_falls_silent() -> None:
+async def test_a_service_that_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection on which nothing comes any more, of a machine that lost its power for one, is given up
     and made anew."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
     over = asyncio.Event()
 
     async def silent(service: Played, request: web.Request, stream: web.StreamResponse) -> None:
@@ -377,8 +379,11 @@ async def test_a_service_that_falls_silent() -> None:
         await over.wait()
 
     try:
-        async with played_service(silent, sends(*FRAMES[1:]), silence_seconds=0.2) as (client, service):
-            assert await submit(client) == EVENTS
+        async with played_service(silent, sends(*FRAMES[1:]), silence_seconds=300) as (client, service):
+            events = client.submit(TASK)
+            assert await anext(events) == EVENTS[0]
+            monkeypatch.setattr(loop, "time", lambda: now() + 300)
+            assert [event async for event in events] == EVENTS[1:]
             over.set()
             assert service.asked == [POST, get(1)]
     finally:

@@ -25,8 +25,9 @@ def client_of(service: Played) -> SyncClient:
     return SyncClient(f"http://127.0.0.1:{service.port}", KEY, clock=service.clock)
 
 
-def threads() -> int:
-    return sum(thread.name == "gpu-server-client" for thread in threading.enumerate())
+def runs(client: SyncClient) -> bool:
+    """Whether the client's own thread is there."""
+    return client._loop._thread.is_alive()
 
 
 async def test_a_task() -> None:
@@ -40,8 +41,8 @@ async def test_a_task() -> None:
             assert client.call("GET", "/api/sessions") == {"task_id": "t_1"}
             with pytest.raises(Refused, match="some detail"):
                 client.call("GET", "/api/sessions")
-            assert threads() == 1
-        assert threads() == 0
+            assert runs(client)
+        assert not runs(client)
 
     answers = sends(*FRAMES[:3], cut=True), sends(*FRAMES[3:]), sends(*FRAMES[3:]), 202, 200, 404
     async with played_service(*answers) as (_, service):
@@ -125,14 +126,22 @@ async def test_a_closed_client() -> None:
 
 def test_a_wrong_address() -> None:
     """An address that is none leaves no thread behind."""
+    before = set(threading.enumerate())
     with pytest.raises(aiohttp.InvalidURL):
         SyncClient("nonsense", KEY)
-    assert threads() == 0
+    left = set(threading.enumerate()) - before
+    assert "gpu-server-client" not in {thread.name for thread in left}
 
 
-async def test_closed_while_somebody_reads() -> None:
+async def test_closed_while_somebody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for an event when the client is closed is let go, with an error."""
-    asked, over = asyncio.Event(), asyncio.Event()
+    asked, over, waits, batch = asyncio.Event(), asyncio.Event(), threading.Event(), sync._batch
+
+    async def noted(queue: Any) -> Any:
+        waits.set()
+        return await batch(queue)
+
+    monkeypatch.setattr(sync, "_batch", noted)
 
     async def never(service: Played, request: Any, stream: Any) -> None:
         asked.set()
@@ -147,10 +156,44 @@ async def test_closed_while_somebody_reads() -> None:
             client = client_of(service)
             reading = asyncio.get_running_loop().run_in_executor(None, read, client)
             await asked.wait()
+            assert await asyncio.to_thread(waits.wait, 60)
             await asyncio.to_thread(client.close)
             await reading
         finally:
             over.set()
+
+
+def test_closed_while_somebody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started when the client is closed is done, or refused: it is never lost between the two."""
+    loop, started, closing = sync._Loop(), threading.Event(), threading.Event()
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    def slowly(work: Any, to: asyncio.AbstractEventLoop) -> Future[Any]:
+        if not started.is_set():
+            started.set()
+            closing.wait(0.2)  # so long has the close for overtaking it
+        return hand_over(work, to)
+
+    async def work() -> int:
+        return 7
+
+    async def last() -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+    def close() -> None:
+        started.wait()
+        loop.close(last)
+        closing.set()
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", slowly)
+    closer = threading.Thread(target=close)
+    closer.start()
+    try:
+        assert loop.run(work()) == 7
+    finally:
+        closer.join()
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        loop.run(work())
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +207,15 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
             cancelled.set()
 
     def result(future: object) -> None:
-        running.wait(10)
+        running.wait(60)
         raise KeyboardInterrupt
 
     running, loop = threading.Event(), sync._Loop()
     monkeypatch.setattr(Future, "result", result)
     loop._loop.call_soon_threadsafe(lambda: loop._loop.call_soon(lambda: loop._loop.call_soon(running.set)))
-    with pytest.raises(KeyboardInterrupt):
-        loop.run(work())
-    assert cancelled.wait(10)
-    loop.close()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(work())
+        assert cancelled.wait(60)
+    finally:
+        loop.close()

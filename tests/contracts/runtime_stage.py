@@ -35,9 +35,10 @@ sys.stdout.write("to stdout"); sys.stderr.write("to stderr")
 """
 STAYS_CODE = """
 import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # or one just before the wait would be slept over
 sys.stdout.write("up")
-while True: signal.pause()
+signal.sigwait([signal.SIGTERM])
+sys.exit(3)
 """
 STUBBORN_CODE = """
 import signal, sys

@@ -202,7 +202,7 @@ Batches = st.lists(
 
 
 @KINDS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches=Batches)
 def test_every_history_ends_as_in_a_dictionary(kind: str, batches: list[tuple[bool, list[Change]]]) -> None:
     """Whatever is written in whatever portions, and whichever of them fail at first: the rows and their order

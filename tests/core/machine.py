@@ -228,7 +228,7 @@ class NodeMachine(RuleBasedStateMachine):
         if not self.world.sessions[session_id].created:
             self.world.sessions[session_id].created = True
             self.world.fact(ev.WorkerCreated(session_id=session_id, container_id=f"c-{session_id}"))
-        if far > 1 and not (far == 3 and pick == 0):  # some never show one
+        if far > 1 and far != 3:  # some never show one
             self.show_key(session_id)
         if far > 1:
             self.world.fact(ev.WorkerReady(session_id=session_id))

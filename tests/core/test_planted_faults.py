@@ -21,6 +21,8 @@ from gpu_server.core.timers import Alarm
 from gpu_server.core.waitline import WaitLine
 from tests.core.hunt import CAUGHT, hunt, names, with_slots
 
+pytestmark = pytest.mark.timeout(300)  # some faults show in the thousandth history only
+
 # -- slots
 
 

@@ -13,6 +13,8 @@ from gpu_server.core.rows import Row, Table
 from gpu_server.core.sessions import Rules, Session
 from tests.core.hunt import CAUGHT, hunt, names
 
+pytestmark = pytest.mark.timeout(300)  # some faults show in the thousandth history only
+
 
 class TakesAnyWorker(Node):
     """A worker that shows another key is believed."""

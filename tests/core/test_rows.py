@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_server.core import rows
@@ -34,7 +34,6 @@ from gpu_server.core.slots import Slot, SlotSpec, SlotState, Tier
 from gpu_server.core.timers import SESSION_ALARMS, TASK_ALARMS, Alarm
 from tests.core.story import Story, work
 
-UNHURRIED = settings(deadline=None)
 CANARY = "the patient's name is Jane"
 
 TEXT = st.text(max_size=8)
@@ -140,14 +139,12 @@ def written(row: Row) -> Any:
 # -- there and back
 
 
-@UNHURRIED
 @given(slot=SLOTS)
 def test_a_slot_comes_back_as_it_was(slot: Slot) -> None:
     """All of it but its story and a doubt, which the next check brings anew."""
     assert rows.slot_of(slot.spec.id, written(rows.slot_row(slot))) == slot
 
 
-@UNHURRIED
 @given(session=SESSIONS, deadlines=alarms(SESSION_ALARMS))
 def test_a_session_comes_back_as_it_was(session: Session, deadlines: Mapping[Alarm, float]) -> None:
     """All of it but its story, its stage and its last words; times to the last bit, and its deadlines."""
@@ -159,7 +156,6 @@ def test_a_session_comes_back_as_it_was(session: Session, deadlines: Mapping[Ala
     assert rows.alarms_of(row) == deadlines
 
 
-@UNHURRIED
 @given(task=TASKS, deadlines=alarms(TASK_ALARMS))
 def test_a_task_comes_back_as_it_was(task: Task, deadlines: Mapping[Alarm, float]) -> None:
     """All of it but its story, its place and its readers; times to the last bit, and its deadlines."""
@@ -168,7 +164,6 @@ def test_a_task_comes_back_as_it_was(task: Task, deadlines: Mapping[Alarm, float
     assert rows.alarms_of(row) == deadlines
 
 
-@UNHURRIED
 @given(slot=SLOTS, session=SESSIONS, task=TASKS)
 def test_a_row_is_made_of_json_values(slot: Slot, session: Session, task: Task) -> None:
     """What is read is equal to what was written: nothing in a row is turned into something else."""
@@ -189,7 +184,6 @@ def test_what_changes_by_itself_is_not_in_rows() -> None:
 # -- a worker's words
 
 
-@UNHURRIED
 @given(session=SESSIONS, task=TASKS, failure=WORKERS_OWN)
 def test_a_workers_words_are_in_no_row(session: Session, task: Task, failure: Failure) -> None:
     """Its message and its last output may hold a tenant's data. The code is kept, and whose it was."""
@@ -277,7 +271,6 @@ def test_rows_are_moved_in_time_as_a_whole() -> None:
     assert running["timeout"] == 60.0
 
 
-@UNHURRIED
 @given(seconds=st.integers(-(1 << 40), 1 << 40))
 def test_rows_that_are_moved_there_and_back_are_the_same(seconds: int) -> None:
     """Whole seconds are exact."""
@@ -411,7 +404,6 @@ ANY_JSON = st.recursive(
 )
 
 
-@UNHURRIED
 @given(field=st.sampled_from(FIELDS), value=ANY_JSON)
 def test_whatever_a_row_holds_has_one_answer(field: tuple[Table, str, str], value: Any) -> None:
     """It is taken, or it is unusable; nothing else ever comes of it."""
@@ -421,7 +413,6 @@ def test_whatever_a_row_holds_has_one_answer(field: tuple[Table, str, str], valu
         Node(Rules()).restore(kept)
 
 
-@UNHURRIED
 @given(place=st.sampled_from([(t, name) for t, name, _ in FIELDS if t is not Table.NODE]), value=ANY_JSON)
 def test_whatever_stands_for_a_row_has_one_answer(place: tuple[Table, str], value: Any) -> None:
     """Also where it is no row at all."""

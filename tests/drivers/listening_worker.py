@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import orjson
+import pytest
 
+from gpu_server.drivers import worker_link
 from gpu_server.drivers.worker_link import (
     WorkerLink,
 )
@@ -19,6 +22,13 @@ from tests.app.played_worker import Call, frame
 SESSION = "s_1"
 BODY = orjson.dumps({"metadata": {"prompt": "p"}})
 Handler = Callable[[Call], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls take as long as they take, but where a test is about that."""
+    monkeypatch.setattr(worker_link, "_CALL", aiohttp.ClientTimeout(total=60))
+    monkeypatch.setattr(worker_link, "_STREAM", aiohttp.ClientTimeout(total=None, sock_connect=60))
 
 
 @dataclass

@@ -19,7 +19,6 @@ from typing import Any
 from aiohttp import web
 
 from gpu_server.model_manifest import Manifest, ModelFile, dumps
-from tests.app.processes import free_port
 
 FILE_KEY = "the-key-of-the-file-service"
 FILES = {
@@ -56,6 +55,14 @@ def lay(folder: Path, files: dict[str, bytes]) -> Path:
 def laid(folder: Path) -> dict[str, bytes]:
     """What lies in a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def until_times_move(file: Path, probe: Path) -> None:
+    """Until a change of this file shows in its times: some kernels count them in steps of milliseconds.
+    `probe` is another file of that file system."""
+    probe.touch()
+    while probe.stat().st_ctime_ns <= file.stat().st_ctime_ns:
+        probe.touch()
 
 
 def tar_of(files: dict[str, bytes], prefix: str = "") -> bytes:
@@ -146,24 +153,24 @@ S3_ENVIRONMENT = {
 @contextmanager
 def s3_server() -> Iterator[str]:
     """A real S3 server over HTTP, in a process of its own; its address."""
-    port = free_port()
     with subprocess.Popen(
-        [sys.executable, "-c", _SERVER, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as server:
         try:
             assert server.stdout is not None
-            assert server.stdout.readline() == b"ready\n"
-            yield f"http://127.0.0.1:{port}"
+            ready, port = server.stdout.readline().split()
+            assert ready == b"ready"
+            yield f"http://127.0.0.1:{int(port)}"
         finally:
             server.kill()
 
 
 _SERVER = """
-import sys, threading
+import threading
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=int(sys.argv[1]), verbose=False)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
-print("ready", flush=True)
+print("ready", server.get_host_and_port()[1], flush=True)
 threading.Event().wait()
 """
 

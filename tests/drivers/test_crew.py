@@ -13,7 +13,7 @@ from gpu_server.drivers.crew import Stop, Stopped, work_off
 
 async def test_jobs_are_done_in_order_by_several_threads() -> None:
     """What each gives comes back in the order of the list; as many threads as asked for work at once."""
-    barrier, names = threading.Barrier(3, timeout=10), set()
+    barrier, names = threading.Barrier(3, timeout=60), set()
 
     def job(number: int, stop: Stop) -> int:
         barrier.wait()
@@ -28,13 +28,15 @@ async def test_jobs_are_done_in_order_by_several_threads() -> None:
 
 async def test_the_first_failure_stops_all() -> None:
     """Who waits hears of the failure when the others have stopped, and nothing more is begun."""
-    began = []
+    began, waits = [], threading.Event()
 
     def fail(stop: Stop) -> None:
+        assert waits.wait(60)
         raise KeyError("first")
 
     def wait(stop: Stop) -> None:
         began.append("wait")
+        waits.set()
         stop.pause(60)
 
     with pytest.raises(KeyError, match="first"):

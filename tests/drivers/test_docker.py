@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.ports import RunFolder, RuntimeUnreachable, StartRefused, WorkerExit
 from tests.docker_engine import TEST_IMAGE
 from tests.drivers.control_group import group_of
+from tests.drivers.open_files import nothing_left_open
 from tests.worker_specs import LIMITS, TEST_UID, worker_spec
 
 PATIENCE = 60.0
@@ -91,11 +92,11 @@ def instance(docker_engine: APIClient, tmp_path: Path) -> Iterator[str]:
 
 @contextlib.asynccontextmanager
 async def opened(
-    instance: str, host: str | None = None, call_timeout: float = 30
+    instance: str, host: str | None = None
 ) -> AsyncIterator[tuple[DockerRuntime, asyncio.Queue[WorkerExit]]]:
     """An open runtime and the exits it hears; it removes its workers at the end, past any relay."""
     exits: asyncio.Queue[WorkerExit] = asyncio.Queue()
-    runtime = DockerRuntime(instance, host, call_timeout=call_timeout)
+    runtime = DockerRuntime(instance, host)
     async with asyncio.timeout(PATIENCE):
         await runtime.open(exits.put_nowait)
         try:
@@ -137,7 +138,7 @@ async def test_an_engine_that_stops_answering_is_never_taken_for_a_removal(
     relay: Relay, instance: str, folder: RunFolder
 ) -> None:
     """A removal that the engine does not confirm raises, and the worker is still there afterwards."""
-    async with opened(instance, f"unix://{relay.path}", call_timeout=1) as (runtime, _):
+    async with opened(instance, f"unix://{relay.path}") as (runtime, _):
         worker = await runtime.create(worker_spec(folder, STAYS))
         await runtime.start(worker.name)
         await relay.down()
@@ -260,20 +261,20 @@ async def test_volumes_of_an_image_leave_nothing_on_the_host(
 ) -> None:
     """An image that declares a volume gets a tmpfs there, which can be written and is small."""
     base = docker_engine.create_container(TEST_IMAGE, ["true"])["Id"]
-    image = docker_engine.commit(base, "gpu-server-test/volume", "1", changes=["VOLUME /data"])["Id"]
+    tag = secrets.token_hex(4)
+    image = docker_engine.commit(base, "gpu-server-test/volume", tag, changes=["VOLUME /data"])["Id"]
     docker_engine.remove_container(base)
-    volumes = {volume["Name"] for volume in docker_engine.volumes()["Volumes"] or ()}
     code = (
         "print([l.split()[0] for l in open('/proc/mounts') if l.split()[1] == '/data']); open('/data/x', 'w')"
     )
     try:
         async with opened(instance) as (runtime, exits):
-            worker = await runtime.create(worker_spec(folder, code, image="gpu-server-test/volume:1"))
+            worker = await runtime.create(worker_spec(folder, code, image=f"gpu-server-test/volume:{tag}"))
             await runtime.start(worker.name)
             assert b"".join([piece.data async for piece in worker.output]) == b"['tmpfs']\n"
             assert (await exits.get()).exit_code == 0
-            now = {volume["Name"] for volume in docker_engine.volumes()["Volumes"] or ()}
-            assert now <= volumes
+            mounts = docker_engine.inspect_container(worker.container_id)["Mounts"]
+            assert {mount["Type"] for mount in mounts} <= {"bind", "tmpfs"}
     finally:
         docker_engine.remove_image(image, force=True)
 
@@ -297,13 +298,12 @@ async def test_limits_reach_the_engine(instance: str, folder: RunFolder, docker_
 @pytest.mark.docker
 async def test_closing_leaks_no_connection(instance: str, folder: RunFolder) -> None:
     """After closing, also with output unread and a worker running, every descriptor is given back."""
-    before = len(os.listdir("/proc/self/fd"))
-    async with opened(instance) as (runtime, _):
-        for fence in (1, 2, 3):
-            worker = await runtime.create(worker_spec(folder, STAYS, name=f"s_1-{fence}", fence=fence))
-            await runtime.start(worker.name)
-        assert await runtime.foreign_gpu_holders() == {}
-    assert len(os.listdir("/proc/self/fd")) <= before
+    with nothing_left_open():
+        async with opened(instance) as (runtime, _):
+            for fence in (1, 2, 3):
+                worker = await runtime.create(worker_spec(folder, STAYS, name=f"s_1-{fence}", fence=fence))
+                await runtime.start(worker.name)
+            assert await runtime.foreign_gpu_holders() == {}
 
 
 @pytest.mark.docker

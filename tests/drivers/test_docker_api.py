@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 from pathlib import Path
 
 import pytest
 from docker.errors import APIError, DockerException, NotFound
 
 from gpu_server.drivers.docker_api import ENGINE_ERRORS, connect, raw_body, short
+from tests.drivers.open_files import nothing_left_open
 from tests.drivers.played_engine import PlayedEngine
 
 
 def test_connecting_in_vain_leaks_nothing(tmp_path: Path) -> None:
     """Trying for hours while an engine is away costs no descriptor."""
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        with pytest.raises(ENGINE_ERRORS):
-            connect(f"unix://{tmp_path}/none.sock", 1)
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    with nothing_left_open():
+        for _ in range(3):
+            with pytest.raises(ENGINE_ERRORS):
+                connect(f"unix://{tmp_path}/none.sock", 1)
 
 
 def test_errors_are_one_short_line() -> None:

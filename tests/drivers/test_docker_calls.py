@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import orjson
@@ -12,15 +13,18 @@ import pytest
 from docker import APIClient
 from docker.errors import APIError
 
+from gpu_server.drivers import docker_calls
 from gpu_server.drivers.breaker import Breaker
 from gpu_server.drivers.docker import DockerRuntime
 from gpu_server.drivers.docker_body import LABEL_INSTANCE
 from gpu_server.drivers.docker_calls import EngineCalls, refused, unreachable
 from gpu_server.drivers.docker_events import NEVER_STARTED
 from gpu_server.ports import OutputLost, RuntimeUnreachable, StartRefused, StartUnanswered
-from tests.drivers.played_engine import PlayedEngine
+from tests.drivers.played_engine import PlayedEngine, StandingClock
 
+PATIENCE = 30.0
 LIMIT = 0.2
+PAUSE = 5.0
 
 
 @pytest.fixture
@@ -30,66 +34,81 @@ async def engine(tmp_path: Path) -> AsyncIterator[PlayedEngine]:
 
 
 @pytest.fixture
-async def calls(engine: PlayedEngine) -> AsyncIterator[EngineCalls]:
-    calls = EngineCalls(engine.host, LIMIT, Breaker(failures=3, pause=LIMIT))
+def clock(monkeypatch: pytest.MonkeyPatch) -> StandingClock:
+    """The clock of the calls' breaker."""
+    clock = StandingClock()
+    monkeypatch.setattr(docker_calls, "time", clock)
+    return clock
+
+
+@pytest.fixture
+async def calls(engine: PlayedEngine, clock: StandingClock) -> AsyncIterator[EngineCalls]:
+    calls = EngineCalls(engine.host, PATIENCE, Breaker(failures=3, pause=PAUSE))
     await calls.open()
     yield calls
     calls.close()
+
+
+@contextlib.contextmanager
+def hung(engine: PlayedEngine, calls: EngineCalls) -> Iterator[None]:
+    """The engine hangs, and is soon given up; before and after, calls have time."""
+    assert calls._client is not None
+    engine.hung, calls._timeout, calls._client.timeout = True, LIMIT, LIMIT
+    yield
+    engine.hung, calls._timeout, calls._client.timeout = False, PATIENCE, PATIENCE
 
 
 def version(client: APIClient) -> str:
     return str(client.version()["ApiVersion"])
 
 
-async def until_answered(calls: EngineCalls) -> str:
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                return await calls.call(version)
-            except RuntimeUnreachable:
-                await asyncio.sleep(0.01)
-
-
-async def test_a_hung_engine_is_soon_asked_no_more(engine: PlayedEngine, calls: EngineCalls) -> None:
-    """After three timeouts calls fail without being made and hold no thread; the first answer ends that."""
-    engine.hung = True
+async def fail(engine: PlayedEngine, calls: EngineCalls) -> int:
+    """Three calls to an engine that hangs; how often it was asked when they had failed."""
+    before = len(engine.asked)
     failed = await asyncio.gather(*(calls.call(version) for _ in range(3)), return_exceptions=True)
     assert all(isinstance(one, RuntimeUnreachable) for one in failed)
-    asked = len(engine.asked)
-    with pytest.raises(RuntimeUnreachable, match="has not answered for"):
-        await calls.call(version)
-    assert len(engine.asked) == asked
-    engine.hung = False
-    assert await until_answered(calls) == "1.41"
+    await engine.until_asked(before + 3)
+    return len(engine.asked)
+
+
+async def test_a_hung_engine_is_soon_asked_no_more(
+    engine: PlayedEngine, calls: EngineCalls, clock: StandingClock
+) -> None:
+    """After three timeouts calls fail without being made and hold no thread; the first answer ends that."""
+    with hung(engine, calls):
+        asked = await fail(engine, calls)
+        with pytest.raises(RuntimeUnreachable, match="has not answered for"):
+            await calls.call(version)
+        assert len(engine.asked) == asked
+    clock.now += PAUSE
+    assert await calls.call(version) == "1.41"
 
 
 async def test_while_it_hangs_only_one_looks_for_a_sign_of_life(
-    engine: PlayedEngine, calls: EngineCalls
+    engine: PlayedEngine, calls: EngineCalls, clock: StandingClock
 ) -> None:
     """Of many callers one asks, in a thread of its own, and the call itself is made only after an answer."""
-    engine.hung = True
-    await asyncio.gather(*(calls.call(version) for _ in range(3)), return_exceptions=True)
     made: list[str] = []
-    async with asyncio.timeout(30):
-        asked = len(engine.asked)
-        while len(engine.asked) == asked:
-            many = (calls.call(lambda client: made.append("call")) for _ in range(20))
-            found = await asyncio.gather(*many, return_exceptions=True)
-            assert all(isinstance(one, RuntimeUnreachable) for one in found)
+    with hung(engine, calls):
+        asked = await fail(engine, calls)
+        clock.now += PAUSE
+        many = (calls.call(lambda client: made.append("call")) for _ in range(20))
+        found = await asyncio.gather(*many, return_exceptions=True)
+        assert all(isinstance(one, RuntimeUnreachable) for one in found)
+        await engine.until_asked(asked + 1)
     assert len(engine.asked) == asked + 1
     assert made == []
 
 
 async def test_a_sign_of_life_closes_the_breaker(engine: PlayedEngine, calls: EngineCalls) -> None:
     """A ping is always made, in its own limit, and what it finds counts for the calls."""
-    engine.hung = True
-    for _ in range(3):
-        with pytest.raises(RuntimeUnreachable):
-            await calls.ping(0.01)
-    with pytest.raises(RuntimeUnreachable, match="has not answered for"):
-        await calls.call(version)
-    engine.hung = False
-    await calls.ping(30)
+    with hung(engine, calls):
+        for _ in range(3):
+            with pytest.raises(RuntimeUnreachable):
+                await calls.ping(0.01)
+        with pytest.raises(RuntimeUnreachable, match="has not answered for"):
+            await calls.call(version)
+    await calls.ping(PATIENCE)
     assert await calls.call(version) == "1.41"
 
 
@@ -112,6 +131,7 @@ async def test_an_error_of_the_engine_is_an_answer(calls: EngineCalls) -> None:
     assert await calls.call(version) == "1.41"
 
 
+@pytest.mark.usefixtures("clock")
 async def test_connections_that_fail_count_like_timeouts(tmp_path: Path) -> None:
     """An engine that is not there is asked three times, then after a pause only."""
     calls = EngineCalls(f"unix://{tmp_path}/none.sock", LIMIT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from docker.errors import NotFound
 from gpu_server.drivers.docker_calls import EngineCalls
 from gpu_server.drivers.docker_found import take_up
 from gpu_server.ports import WorkerExit
+from tests.drivers.open_files import nothing_left_open
 
 RUNS = {"Running": True, "StartedAt": "2026-01-01T00:00:00Z", "ExitCode": 0, "OOMKilled": False}
 ENDED = RUNS | {"Running": False, "ExitCode": 3}
@@ -56,9 +56,8 @@ class Client:
 @pytest.fixture
 def descriptors() -> Iterator[None]:
     """Every descriptor is given back."""
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    with nothing_left_open():
+        yield
 
 
 def taken(client: Client, state: dict[str, Any]) -> Any:

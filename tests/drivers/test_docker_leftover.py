@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,15 +34,33 @@ def test_nothing_can_be_seen(tmp_path: Path) -> None:
     assert processes_of(ID, tmp_path / "not-there") == set()
 
 
+def test_a_group_that_goes_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a container does which has just ended: nothing runs in it any more."""
+    group, real = tmp_path / "docker" / ID, os.scandir
+    group.mkdir(parents=True)
+    (group / "cgroup.procs").touch()
+
+    def too_late(path: Any = ".") -> Any:
+        if str(path) == str(group):
+            (group / "cgroup.procs").unlink()
+            group.rmdir()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", too_late)
+    assert processes_of(ID, tmp_path) == set()
+    assert not group.exists()
+
+
 def test_they_are_killed() -> None:
     """A real process in a real control group is found, and ended."""
-    with group_of(ID) as group, subprocess.Popen(["sleep", "1000"]) as process:
+    container_id = secrets.token_hex(32)
+    with group_of(container_id) as group, subprocess.Popen(["sleep", "1000"]) as process:
         try:
             (group / "cgroup.procs").write_text(str(process.pid))
-            assert processes_of(ID) == {process.pid}
-            kill(processes_of(ID) | {0})
-            assert process.wait(10) == -9
+            assert processes_of(container_id) == {process.pid}
+            kill(processes_of(container_id) | {0})
+            assert process.wait(60) == -9
         finally:
             process.kill()
             process.wait()
-        assert processes_of(ID) == set()
+        assert processes_of(container_id) == set()

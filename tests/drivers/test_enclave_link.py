@@ -83,7 +83,7 @@ async def played(tmp_path: Path) -> AsyncIterator[Played]:
 
 @pytest.fixture
 def link(played: Played) -> Iterator[EnclaveLink]:
-    made = EnclaveLink(played.path, timeout=5.0)
+    made = EnclaveLink(played.path, timeout=PATIENCE)
     yield made
     made.close()
 
@@ -155,6 +155,8 @@ async def test_silence(played: Played) -> None:
     link = EnclaveLink(played.path, timeout=0.2)
     with pytest.raises(EnclaveDown, match=r"within 0\.2 s"):
         await link.status()
+    await played.asked.wait()
+    link._timeout = PATIENCE
     played.answer = says(Code.OK, "new", b"", "1", "simulated")
     await link.status()
     assert played.connections == 2
@@ -254,7 +256,7 @@ async def test_turned_away(tmp_path: Path) -> None:
         thread = threading.Thread(target=turn_away)
         thread.start()
         with pytest.raises(EnclaveRefused) as refused:
-            await EnclaveLink(path).status()
+            await EnclaveLink(path, timeout=PATIENCE).status()
         assert refused.value.code == "BUSY"
         thread.join()
 
@@ -315,7 +317,7 @@ async def test_cancelled(played: Played, link: EnclaveLink) -> None:
 async def test_close(played: Played) -> None:
     """Nothing is left open, also of a request that was under way; a later one begins anew."""
     played.answer = says(Code.OK, b"d")
-    link = EnclaveLink(played.path)
+    link = EnclaveLink(played.path, timeout=PATIENCE)
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         first = group.create_task(link.hello(NONCE))
         await played.asked.wait()

@@ -246,7 +246,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(sound: bytes, data: st.DataObject) -> None:
     """Whatever became of the bytes, the journal is either refused as it is, or it is opened, can be read, and

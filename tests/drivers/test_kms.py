@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -242,14 +243,16 @@ async def test_codes(
     assert seen == ["TrentService.Decrypt"] * calls
 
 
-async def test_nobody_there(monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int) -> None:
+async def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is refused is `down`."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
-    with (
-        service(f"http://127.0.0.1:{unused_tcp_port}") as keys,
-        pytest.raises(KeyServiceDown, match="reached"),
-    ):
-        await release(keys)
+    with socket.socket() as bound:  # nobody else gets this port, and nobody listens on it
+        bound.bind(("127.0.0.1", 0))
+        with (
+            service(f"http://127.0.0.1:{bound.getsockname()[1]}") as keys,
+            pytest.raises(KeyServiceDown, match="reached"),
+        ):
+            await release(keys)
 
 
 async def test_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

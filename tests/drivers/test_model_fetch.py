@@ -273,13 +273,12 @@ async def test_a_process_that_is_killed(
             await asyncio.to_thread(process.wait)
         assert visible(tmp_path) == {}
         noted = len((tmp_path / ".staging/killed/parts").read_text().splitlines())
-        tap.hold_after = None
-        tap.go_on.set()
-        before = len(tap.ranges)
+    async with tapped(endpoint) as tap:  # another: the first one may still have an order of the killed one's
+        monkeypatch.setenv("AWS_ENDPOINT_URL", tap.url)
         folder = await fetcher(tmp_path, S3Source(URI, part_bytes=65536)).fetch("killed", ignore)
         parts = sum(-(-len(content) // 65536) for content in with_manifest(FILES).values())
         assert 3 <= noted <= 5
-        assert len(tap.ranges) - before == parts - noted
+        assert len(tap.ranges) == parts - noted
     assert laid(folder) == with_manifest(FILES)
     assert set(os.listdir(tmp_path / ".staging")) == set()
 

@@ -9,7 +9,7 @@ import pytest
 
 from gpu_server.drivers.model_folder import scan
 from gpu_server.drivers.model_memory import VerifiedModels
-from tests.drivers.models_world import FILES, lay, manifest_of, with_manifest
+from tests.drivers.models_world import FILES, lay, manifest_of, until_times_move, with_manifest
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def test_anything_that_changes_is_verified_again(folder: Path, tmp_path: Path, c
     verified.remember(folder, manifest, scan(folder))
     file = folder / "config.json"
     times = file.stat().st_mtime_ns
+    until_times_move(file, tmp_path / "probe")
     match change:
         case "content":
             file.write_bytes(b"x" * file.stat().st_size)

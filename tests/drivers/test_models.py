@@ -19,7 +19,16 @@ from gpu_server.drivers.models import FolderModelStore, sources_of, store_of
 from gpu_server.drivers.shared_work import Tell
 from gpu_server.ports import StartRefused
 from gpu_server.settings import Settings
-from tests.drivers.models_world import FILE_KEY, FILES, file_service, laid, lay, tar_of, with_manifest
+from tests.drivers.models_world import (
+    FILE_KEY,
+    FILES,
+    file_service,
+    laid,
+    lay,
+    tar_of,
+    until_times_move,
+    with_manifest,
+)
 
 
 @pytest.fixture
@@ -159,6 +168,7 @@ async def test_verified_once_and_remembered(root: Path, tmp_path: Path) -> None:
             await store.prepare("m", lambda done, total, told=told: told.append(done))  # type: ignore[misc]
             assert bool(told) == (life == time == 0)
     store = FolderModelStore(root, verified=VerifiedModels(tmp_path / "state"))
+    until_times_move(root / "m/config.json", tmp_path / "probe")
     lay(root / "m", {"config.json": b'{"hidden_size": 512}'})
     code, message = await refusal(store, "m")
     assert code == "model_damaged"
@@ -201,19 +211,25 @@ async def test_ten_sessions_want_one_model(tmp_path: Path) -> None:
     async with file_service(models={"org/m": tar_of(with_manifest(FILES))}, hold_at=1 << 17) as service:
         store = FolderModelStore(tmp_path, sources=[FileService(service.url, FILE_KEY)])
         told: list[list[int]] = [[] for _ in range(10)]
+        all_wait = asyncio.Event()
 
         def listener(number: int) -> Callable[[int, int | None], None]:
-            return lambda done, total: told[number].append(done)
+            def tell(done: int, total: int | None) -> None:
+                told[number].append(done)
+                if all(told):
+                    all_wait.set()
+
+            return tell
 
         async with asyncio.timeout(60), store.open(), asyncio.TaskGroup() as group:
             tasks = [group.create_task(store.prepare("org/m", listener(number))) for number in range(10)]
             await service.holding.wait()
+            await all_wait.wait()
             tasks[0].cancel()
             await asyncio.wait(tasks[:1])
             service.go_on.set()
             assert {await task for task in tasks[1:]} == {tmp_path / "org/m"}
         assert service.asked == ["org/m"]
-    assert all(told[1:])
     assert laid(tmp_path / "org/m") == with_manifest(FILES)
 
 

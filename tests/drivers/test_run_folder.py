@@ -14,6 +14,7 @@ import pytest
 
 from gpu_server.drivers.run_folder import RunFolders
 from gpu_server.ports import RunFolder, RunFolderFault
+from tests.drivers.open_files import open_files
 from tests.worker_specs import TEST_UID
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files to another uid")
@@ -50,10 +51,6 @@ def listen(path: Path) -> socket.socket:
         os.close(held)
     sock.listen()
     return sock
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_folder_has_a_share_to_write_and_a_task_to_read(folder: RunFolder) -> None:
@@ -124,7 +121,7 @@ def test_the_owner_is_whom_it_was_made_for(folders: RunFolders, folder: RunFolde
 @pytest.mark.parametrize("left", ["nothing", "file", "link"])
 def test_a_folder_without_its_share_has_no_owner(folders: RunFolders, folder: RunFolder, left: str) -> None:
     """A share that is gone, or something else now, is a fault; links are not followed to somebody else's."""
-    before = descriptors()
+    before = open_files()
     folder.share.rmdir()
     if left == "file":
         folder.share.touch()
@@ -132,7 +129,7 @@ def test_a_folder_without_its_share_has_no_owner(folders: RunFolders, folder: Ru
         folder.share.symlink_to("/tmp")
     with pytest.raises(RunFolderFault):
         folders.owner(folder)
-    assert descriptors() == before
+    assert open_files() - before == set()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "s-1", "s_1\n", "/etc"])
@@ -159,7 +156,7 @@ def test_a_socket_is_reached_however_long_its_path_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["link", "dangling", "folder", "file", "pipe", "link_to_socket"])
 def test_anything_but_a_socket_is_a_fault(folders: RunFolders, folder: RunFolder, kind: str) -> None:
     """No link is followed, not even to a socket, and nothing else is opened or waited for."""
-    before = descriptors()
+    before = open_files()
     path = folder.socket
     if kind == "link":
         path.symlink_to("/etc/passwd")
@@ -176,7 +173,7 @@ def test_anything_but_a_socket_is_a_fault(folders: RunFolders, folder: RunFolder
             path.symlink_to("other.sock")
     with pytest.raises(RunFolderFault):
         folders.connect_path(folder)
-    assert descriptors() == before
+    assert open_files() - before == set()
 
 
 def test_a_share_that_became_a_link_is_a_fault(
@@ -211,14 +208,14 @@ def test_a_held_socket_is_let_go_once(
     folders: RunFolders, folder: RunFolder, listener: socket.socket
 ) -> None:
     """Closing twice closes no descriptor of somebody else's, and dropping it closes it."""
-    before = descriptors()
+    before = open_files()
     held = folders.connect_path(folder)
     assert held is not None
     held.close()
     held.close()
     dropped = folders.connect_path(folder)
     del dropped
-    assert descriptors() == before
+    assert open_files() - before == set()
 
 
 def test_a_modest_folder_passes(folders: RunFolders, folder: RunFolder, listener: socket.socket) -> None:
@@ -232,7 +229,7 @@ def test_a_modest_folder_passes(folders: RunFolders, folder: RunFolder, listener
 @pytest.mark.parametrize("kind", ["big", "sparse", "many", "deep", "wide_and_deep"])
 def test_a_folder_that_is_filled_is_a_fault(folders: RunFolders, folder: RunFolder, kind: str) -> None:
     """Bytes, lengths without bytes, entries and depth are all bounded."""
-    before = descriptors()
+    before = open_files()
     if kind == "big":
         (folder.share / "a").write_bytes(b"x" * (600 << 10))
         (folder.share / "b").write_bytes(b"x" * (600 << 10))
@@ -250,7 +247,7 @@ def test_a_folder_that_is_filled_is_a_fault(folders: RunFolders, folder: RunFold
         nest(folder.share / "d30", 100)
     with pytest.raises(RunFolderFault):
         folders.check(folder)
-    assert descriptors() == before
+    assert open_files() - before == set()
 
 
 def nest(top: Path, depth: int) -> None:
@@ -282,10 +279,10 @@ def test_removing_takes_everything_and_nothing_outside(
     nest(folder.share, 5000)
     for number in range(2500):
         (folder.share / f"file{number}").touch()
-    before = descriptors()
+    before = open_files()
     folders.remove("s_1")
     folders.remove("s_1")
-    assert descriptors() == before
+    assert open_files() - before == set()
     assert not folder.path.exists()
     assert (outside / "precious").exists()
     assert folders.names() == ()

@@ -37,7 +37,11 @@ from tests.drivers.listening_worker import (
     health_answer,
     linked,
     listening,
+    patient,
 )
+from tests.drivers.open_files import nothing_left_open
+
+__all__ = ["patient"]
 
 
 @pytest.fixture
@@ -273,17 +277,12 @@ async def test_nobody_listens(path: str, what: str) -> None:
                 link.check_listener()
 
 
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 # -- closing ------------------------------------------------------------------------------------------------
 
 
 async def test_close(path: str) -> None:
     """Closing, also twice and with streams that were abandoned, leaves nothing open and warns of nothing."""
-    before = open_descriptors()
-    with warnings.catch_warnings(record=True) as warned:
+    with nothing_left_open(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         holding = asyncio.Event()
 
@@ -306,4 +305,3 @@ async def test_close(path: str) -> None:
             await asyncio.sleep(0)
         gc.collect()
     assert [str(each.message) for each in warned] == []
-    assert open_descriptors() == before

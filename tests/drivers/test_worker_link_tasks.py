@@ -30,8 +30,11 @@ from tests.drivers.listening_worker import (
     health_answer,
     linked,
     listening,
+    patient,
     streams,
 )
+
+__all__ = ["patient"]
 
 
 @pytest.fixture
@@ -252,7 +255,7 @@ async def test_an_end_that_is_held_open(path: str) -> None:
 
     async with listening(path, handler) as worker:
         reader = Heard()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await worker.link.run("t_1", BODY, reader)
         assert reader.end is not None
         assert not holding.is_set()

@@ -13,6 +13,16 @@ from docker import APIClient
 
 from tests.e2e.harness import ECHO_IMAGE, HOSTILE_IMAGE, Caller, Service, Services
 
+TEST_SECONDS = 300
+"""For a test that names no time of its own: a slow machine may take many times what a fast one does."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests of this folder more time than others have: they start real processes."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
 
 @pytest.fixture(scope="session")
 def engine_with_images(docker_engine: APIClient) -> APIClient:

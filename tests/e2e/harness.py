@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -32,8 +33,9 @@ from gpu_server.client import Client, TaskEvent, read_events
 
 ROOT = Path(__file__).parents[2]
 ECHO_IMAGE, HOSTILE_IMAGE = "gpu-server/echo:dev", "gpu-server/hostile:dev"
-START_SECONDS = 40.0
-STOP_SECONDS = 60.0
+START_SECONDS = STOP_SECONDS = 90.0
+PATIENCE = 60.0
+"""For what comes by itself: the machine may be slow, and each call of a Docker engine take seconds."""
 UNNUMBERED = ("queue", "progress", "gap")
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ only_process = pytest.mark.parametrize("runtime", ["process"], indirect=True, sc
 # -- what may be run ----------------------------------------------------------------------------------------
 
 SMALL = {"model": "none", "memory": "128m", "cpus": 1, "pids": 64, "tmp_size": "8m", "shm_size": "8m"}
-HTTP = {**SMALL, "start_timeout_seconds": 30}
+HTTP = {**SMALL, "start_timeout_seconds": 120}
 RUN_CODE = "import json, os; exec(json.load(open(os.environ['TASK_INPUT']))['metadata']['code'])"
 ECHO = {
     **HTTP,
@@ -80,7 +82,7 @@ def presets(runtime: str) -> dict[str, Any]:
         mode: {
             **HOSTILE,
             "env_vars": {"HOSTILE_MODE": mode},
-            "start_timeout_seconds": 1.5 if mode in HANGS_AT_START else 30,
+            "start_timeout_seconds": 1.5 if mode in HANGS_AT_START else 120,
         }
         for mode in HOSTILE_MODES
     }
@@ -93,7 +95,7 @@ def presets(runtime: str) -> dict[str, Any]:
             "echo": {
                 "stream": ECHO,
                 "batch": {**ECHO, "max_concurrent_tasks": 3, "openai": True},
-                "slow_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 60}},
+                "slow_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 600}},
                 "short_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 2}},
                 "cannot_load": {**ECHO, "env_vars": {"LOAD_FAIL": "the weights are torn"}},
                 "pair": {**ECHO, "gpus": 2},
@@ -124,7 +126,7 @@ def presets(runtime: str) -> dict[str, Any]:
 # -- waiting ------------------------------------------------------------------------------------------------
 
 
-async def until(what: str, check: Callable[[], Awaitable[T] | T], *, within: float = 30.0) -> T:
+async def until(what: str, check: Callable[[], Awaitable[T] | T], *, within: float = PATIENCE) -> T:
     """Ask `check` again and again until its answer is true, and give that answer."""
     deadline = time.monotonic() + within
     while True:
@@ -149,7 +151,7 @@ class Following:
 
     async def until(self, name: str, **data: Any) -> TaskEvent:
         """Read on to the next event of that name with this data."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(150):
             async for event in self._source:
                 self.events.append(event)
                 if event.event == name and data.items() <= event.data.items():
@@ -221,7 +223,8 @@ class Caller:
         self.service, self.tenant = service, tenant
         self.client = Client(service.url, service.key, tenant=tenant)
         headers = {"X-API-Key": service.key, "X-Tenant-ID": tenant}
-        connector = aiohttp.TCPConnector(limit=0)
+        # Less than the service keeps a connection, which could else end as it is used again.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
         self.http = aiohttp.ClientSession(service.url, headers=headers, connector=connector)
 
     async def __aenter__(self) -> Self:
@@ -293,7 +296,7 @@ class Caller:
     async def keep_alive(self, session_id: str) -> dict[str, Any]:
         return await self.client.call("POST", f"/api/sessions/{session_id}/keepalive")
 
-    async def in_state(self, session_id: str, *states: str, within: float = 30.0) -> dict[str, Any]:
+    async def in_state(self, session_id: str, *states: str, within: float = PATIENCE) -> dict[str, Any]:
         """Wait until a session is in one of these states; how it looks then."""
 
         async def look() -> dict[str, Any] | None:
@@ -302,7 +305,7 @@ class Caller:
 
         return await until(f"{session_id} is {' or '.join(states)}", look, within=within)
 
-    async def task_in_state(self, task_id: str, *states: str, within: float = 30.0) -> dict[str, Any]:
+    async def task_in_state(self, task_id: str, *states: str, within: float = PATIENCE) -> dict[str, Any]:
         """Wait until a task is in one of these states; how it looks then."""
 
         async def look() -> dict[str, Any] | None:
@@ -361,12 +364,12 @@ DEFAULTS: Mapping[str, object] = {
     "CPU_SLOTS": 4,
     "SESSION_QUEUE_MAX_SIZE": 3,
     "STOP_GRACE_SECONDS": 1,
-    "CANCEL_GRACE_SECONDS": 1.5,
+    "CANCEL_GRACE_SECONDS": 10,
     "DISCONNECT_GRACE_SECONDS": 1,
     "SSE_PING_SECONDS": 0.2,
-    "DEFAULT_TASK_TIMEOUT": 60,
-    "MAX_TASK_TIMEOUT": 120,
-    "GPU_WAIT_MAX_SECONDS": 60,
+    "DEFAULT_TASK_TIMEOUT": 300,
+    "MAX_TASK_TIMEOUT": 600,
+    "GPU_WAIT_MAX_SECONDS": 300,
     "MAX_BODY_BYTES": 1_000_000,
 }
 
@@ -443,7 +446,7 @@ class Service:
     def health(self) -> dict[str, Any] | None:
         """What `/health` says, or None while nobody answers."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=PATIENCE) as answer:
                 return dict(json.load(answer))
         except urllib.error.HTTPError as error:
             with error:
@@ -510,14 +513,17 @@ class Service:
         """The folders of sessions; what is kept of ended tasks is no residue."""
         return sorted(path.name for path in self.run_dir.glob("*/*") if not path.parent.suffix)
 
-    def worker_pids(self) -> list[int]:
-        """Processes that were started for this service's sessions, where workers are processes."""
-        mark = f"GPU_WORKER_SOCKET={self.run_dir}/".encode()
+    def worker_pids(self, session_id: str = "") -> list[int]:
+        """Processes that were started for this service's sessions, or for one of them, where workers are
+        processes."""
+        marks = (f"GPU_WORKER_SOCKET={self.run_dir}/".encode(), session_id.encode())
         found = []
         for entry in os.listdir("/proc"):
-            with contextlib.suppress(OSError):
-                if entry.isdecimal() and mark in Path(f"/proc/{entry}/environ").read_bytes():
-                    found.append(int(entry))
+            if entry.isdecimal():
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    environ = Path(f"/proc/{entry}/environ").read_bytes()
+                    if all(mark in environ for mark in marks):
+                        found.append(int(entry))
         return found
 
     def residue(self) -> list[str]:
@@ -623,8 +629,9 @@ class Services:
     def close(self) -> None:
         """Stop all; afterwards nothing of any of them may be left. What is, is removed from this machine."""
         left = []
+        with ThreadPoolExecutor() as at_once:  # each takes its time to end
+            list(at_once.map(Service.close, self._all))
         for service in self._all:
-            service.close()
             if (service.state_dir / "instance_id").exists():
                 left += service.residue()
                 left += [c["Names"][0] for c in service.containers(enclave=True)]

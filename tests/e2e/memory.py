@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def found_in_files(folder: Path, wanted: Iterable[bytes]) -> list[str]:
     hits = []
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            content = path.read_bytes()
-            if any(needle in content for needle in needles):
-                hits.append(str(path))
+            with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                content = path.read_bytes()
+                if any(needle in content for needle in needles):
+                    hits.append(str(path))
     return hits
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from gpu_server.client import Refused, TaskEvent
 from tests.e2e.harness import STOP_SECONDS, UNNUMBERED, Caller, Following, Service, Services, body
+from tests.e2e.memory import found_in_files
 
 SETTINGS = {"CPU_SLOTS": 4, "DISCONNECT_GRACE_SECONDS": 60}
 TIMES = ("created_at", "started_at", "finished_at", "closed_at", "idle_deadline", "max_deadline", "effective")
@@ -157,8 +158,7 @@ async def test_idempotency_keys_hold(service: Service, caller: Caller) -> None:
 
 def holds(folder: Path, word: str) -> list[str]:
     """The files below a folder that hold a word, in their bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(str(path.relative_to(folder)) for path in files if word.encode() in path.read_bytes())
+    return sorted(str(Path(found).relative_to(folder)) for found in found_in_files(folder, [word.encode()]))
 
 
 async def test_words_never_reach_the_disk(own: Service) -> None:

@@ -15,7 +15,7 @@ from tests.e2e.harness import Caller, Service, until
 from tests.e2e.openai_features import FEATURES, TALK, Feature, Target, text_of
 
 ONE_SLOT = {"CPU_SLOTS": 1, "SESSION_QUEUE_MAX_SIZE": 0}
-LONG = [{"role": "user", "content": " ".join(f"w{n}" for n in range(300))}]
+LONG = [{"role": "user", "content": " ".join(f"w{n}" for n in range(2000))}]
 
 
 def target_of(caller: Caller, model: str = "echo") -> Target:
@@ -147,13 +147,11 @@ async def test_a_client_that_goes_away_cancels(
         answer = await client.chat.completions.create(**asked)
         task_id = (await anext(answer)).id.removeprefix("chatcmpl-")
         await answer.close()
-        assert (await caller.task_in_state(task_id, "cancelled", within=5))["error"][
-            "code"
-        ] == "task_cancelled"
+        assert (await caller.task_in_state(task_id, "cancelled"))["error"]["code"] == "task_cancelled"
     else:
         with pytest.raises(openai.APITimeoutError):
             await client.with_options(timeout=0.5).chat.completions.create(**asked)
-    await caller.in_state(session, "ready", within=5)
+    await caller.in_state(session, "ready")
     answer = await client.chat.completions.create(**ask("slow"))
     assert answer.choices[0].message.content == "hello there"
 
@@ -171,7 +169,7 @@ async def test_a_worker_that_dies_in_the_middle(serve: Callable[..., Service]) -
                 chunks.append(chunk)
 
         with pytest.raises(openai.APIError) as raised:
-            await asyncio.wait_for(read_on(), 30)
+            await asyncio.wait_for(read_on(), 60)
         assert raised.value.code == "worker_exited"
         assert {chunk.choices[0].finish_reason for chunk in chunks} == {None}
         assert text_of(chunks).startswith("w0 w1 ")

@@ -96,7 +96,7 @@ async def test_a_line_without_an_end(caller: Caller) -> None:
 async def test_a_program_that_takes_too_long(caller: Caller) -> None:
     """It ends as `timeout`, with what it had said until then, and its container goes."""
     task = await caller.run(
-        "program", oneoff=True, seconds=1, code="print('begun'); import signal; signal.pause()"
+        "program", oneoff=True, seconds=4, code="print('begun'); import signal; signal.pause()"
     )
     end = task.events[-1].data
     assert (end["status"], end["error"]["code"]) == ("timeout", "task_timeout")

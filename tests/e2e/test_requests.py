@@ -143,7 +143,7 @@ async def test_tenants_do_not_see_each_other(service: Service) -> None:
         ({"task_preset": "huge"}, 422, "no_such_capacity"),
         ({"session_id": "s_01ARZ3NDEKTSV4RRFFQ69G5FAV"}, 404, "session_not_found"),
         ({"session_id": "../../etc/passwd"}, 404, "session_not_found"),
-        ({"timeout_seconds": 121}, 422, "timeout_out_of_range"),
+        ({"timeout_seconds": 601}, 422, "timeout_out_of_range"),
         ({"timeout_seconds": 0}, 422, "invalid_request"),
         ({"timeout_seconds": -1}, 422, "invalid_request"),
         ({"timeout_seconds": "10"}, 422, "invalid_request"),
@@ -291,7 +291,7 @@ async def test_a_last_event_id_that_is_no_number(caller: Caller, last: str) -> N
     path = f"/api/tasks/{task.task_id}/events"
     status, problem, _ = await caller.ask("GET", path, headers={"Last-Event-ID": last})
     assert (status, problem["code"]) == (422, "invalid_request")
-    async with caller.events(task.task_id, after=999) as again, asyncio.timeout(10):
+    async with caller.events(task.task_id, after=999) as again, asyncio.timeout(60):
         assert (await again.until("task_finish")).id == task.events[-1].id
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import datetime
 
 import pytest
 
 from gpu_server.client import Refused
-from tests.e2e.harness import Caller, Service, until
-
-SHORT_LIFE = {"SESSION_MAX_LIFETIME_SECONDS": 2.5, "LIFETIME_GRACE_SECONDS": 20}
+from tests.e2e.harness import Caller, Service, only_process, until
 
 
 def seconds(text: str) -> float:
@@ -19,71 +18,94 @@ def seconds(text: str) -> float:
 
 
 async def test_a_session_that_idles_is_closed(serve: Callable[..., Service]) -> None:
-    """The idle clock runs only while nothing is queued or running; then the session closes, cleanly."""
+    """The idle clock runs only while nothing is queued or running; then the session closes, cleanly, and is
+    not to be kept alive any more."""
     async with serve(SESSION_IDLE_TIMEOUT_SECONDS=1).caller() as caller:
-        task = await caller.working(count=60, delay_ms=30)  # longer than the idle timeout
-        assert (await caller.session(task.session_id))["expiry"]["idle_deadline"] is None
-        assert (await task.finish())["status"] == "completed"
+        task = await caller.working(hang=True)
+        began = time.monotonic()
+        await until("it has worked for longer than the timeout", lambda: time.monotonic() > began + 1.5)
+        working = await caller.session(task.session_id)
+        assert (working["state"], working["expiry"]["idle_deadline"]) == ("working", None)
+        await caller.cancel(task.task_id)
+        assert (await task.finish())["status"] == "cancelled"
         ended = await caller.ended(task.session_id)
         assert (ended["state"], ended["close_reason"], ended["error"]) == ("closed", "idle_timeout", None)
         idled = seconds(ended["closed_at"]) - seconds((await caller.task(task.task_id))["finished_at"])
-        assert 1 <= idled < 10
-
-
-async def test_keepalive_renews_the_idle_deadline(serve: Callable[..., Service]) -> None:
-    """A session outlives many idle timeouts while it is kept alive, and closes when it is not any more."""
-    async with serve(SESSION_IDLE_TIMEOUT_SECONDS=1).caller() as caller:
-        session_id = await caller.warm()
-        first = (await caller.session(session_id))["expiry"]["idle_deadline"]
-
-        async def renewed() -> bool:
-            return seconds((await caller.keep_alive(session_id))["expiry"]["idle_deadline"]) > (
-                seconds(first) + 2
-            )
-
-        await until("the deadline has moved by two timeouts", renewed)
-        assert (await caller.ended(session_id))["close_reason"] == "idle_timeout"
+        assert 0.99 < idled < 60  # the default is 300
         with pytest.raises(Refused) as refused:
-            await caller.keep_alive(session_id)
+            await caller.keep_alive(task.session_id)
         assert (refused.value.status, refused.value.code) == (409, "session_closed")
 
 
+async def test_keepalive_renews_the_idle_deadline(caller: Caller) -> None:
+    """Each time it is a whole timeout away again."""
+    session_id = await caller.warm()
+    first = (await caller.session(session_id))["expiry"]
+    began = time.monotonic()
+    await until("some time has passed", lambda: time.monotonic() > began + 1)
+    for _ in range(2):
+        asked = time.time()
+        expiry = (await caller.keep_alive(session_id))["expiry"]
+        assert seconds(expiry["idle_deadline"]) > seconds(first["idle_deadline"]) + 0.9
+        assert asked + 299.9 < seconds(expiry["idle_deadline"]) < time.time() + 300.1
+        assert expiry["max_deadline"] == first["max_deadline"]
+
+
 async def test_keepalive_never_passes_the_lifetime(serve: Callable[..., Service]) -> None:
-    """The idle deadline stops at the lifetime, and a session that is kept alive ends there."""
-    async with serve(**SHORT_LIFE).caller() as caller:
+    """The idle deadline stops at the lifetime."""
+    async with serve(SESSION_MAX_LIFETIME_SECONDS=200).caller() as caller:
         session_id = await caller.warm()
         expiry = (await caller.keep_alive(session_id))["expiry"]
         assert expiry["idle_deadline"] == expiry["max_deadline"] == expiry["effective"]
         assert expiry["reason"] == "max_lifetime"
+
+
+async def test_a_session_that_is_kept_alive_ends_at_its_lifetime(serve: Callable[..., Service]) -> None:
+    """However often it is renewed."""
+    async with serve(SESSION_MAX_LIFETIME_SECONDS=2.5, LIFETIME_GRACE_SECONDS=20).caller() as caller:
+        session_id = (await caller.open())["session_id"]
+
+        path = f"/api/sessions/{session_id}/keepalive"
+
+        async def renewed_in_vain() -> bool:
+            status, answer, _ = await caller.ask("POST", path)
+            assert status == 200 or (status, answer["code"]) == (409, "session_closed"), answer
+            return status == 409
+
+        await until("it is over", renewed_in_vain)
         assert (await caller.ended(session_id))["close_reason"] == "max_lifetime"
 
 
+@only_process
 async def test_at_the_lifetime_a_running_task_has_a_grace(serve: Callable[..., Service]) -> None:
     """What runs may end within LIFETIME_GRACE_SECONDS, what is queued fails, nothing new is taken."""
-    async with serve(**SHORT_LIFE).caller() as caller:
-        session_id = await caller.warm()
-        running = await caller.working(session=session_id, count=100, delay_ms=40)
-        queued = await caller.started(session=session_id, prompt="too late")
+    settings = {"SESSION_MAX_LIFETIME_SECONDS": 5, "LIFETIME_GRACE_SECONDS": 100}
+    async with serve(**settings).caller() as caller:
+        session_id = await caller.warm("batch")
+        held = [await caller.working("batch", session=session_id, hang=True) for _ in range(2)]
+        running = await caller.working("batch", session=session_id, count=150, delay_ms=40)
+        queued = await caller.started("batch", session=session_id, prompt="too late")
         end = await queued.finish()
         assert (end["status"], end["error"]["code"]) == ("failed", "session_lifetime")
         assert (await caller.session(session_id))["state"] == "draining"
         with pytest.raises(Refused) as refused:
-            await caller.run(session=session_id, prompt="no")
+            await caller.run("batch", session=session_id, prompt="no")
         assert (refused.value.status, refused.value.code) == (409, "session_closed")
         assert (await running.finish())["status"] == "completed"
+        for task in held:
+            await caller.cancel(task.task_id)
         ended = await caller.ended(session_id)
-        assert (ended["state"], ended["close_reason"], ended["tasks_done"]) == ("closed", "max_lifetime", 2)
+        assert (ended["state"], ended["close_reason"], ended["tasks_done"]) == ("closed", "max_lifetime", 4)
 
 
 async def test_the_grace_at_the_lifetime_has_an_end(serve: Callable[..., Service]) -> None:
     """A task that goes on for longer than the grace is failed, and the session closes."""
     settings = {"SESSION_MAX_LIFETIME_SECONDS": 2, "LIFETIME_GRACE_SECONDS": 1}
     async with serve(**settings).caller() as caller:
-        session_id = await caller.warm()
-        running = await caller.run(session=session_id, prompt="x", hang=True)
+        running = await caller.run(prompt="x", hang=True)
         end = running.events[-1].data
         assert (end["status"], end["error"]["code"]) == ("failed", "session_lifetime")
-        assert (await caller.ended(session_id))["close_reason"] == "max_lifetime"
+        assert (await caller.ended(running.session_id))["close_reason"] == "max_lifetime"
 
 
 async def test_one_expiry_object(caller: Caller) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import socket
+import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -119,7 +120,7 @@ async def test_clients_that_stop_reading(own: Service) -> None:
         assert lines[-1] == LINES - 1
 
 
-@pytest.mark.parametrize(("number", "within"), [(signal.SIGTERM, 25), (signal.SIGUSR2, 8)])
+@pytest.mark.parametrize(("number", "within"), [(signal.SIGTERM, 60), (signal.SIGUSR2, 30)])
 async def test_a_service_that_ends_does_not_wait_for_them(
     own: Service, number: signal.Signals, within: float
 ) -> None:
@@ -197,15 +198,16 @@ async def test_hundreds_of_idle_connections(own: Service) -> None:
         for reader in readers:
             stack.callback(reader.close)
         session = await caller.warm()
-        slowest = 0.0
+        took = []
         for n in range(50):
             asked = time.monotonic()
             assert (await caller.run(session=session, prompt=str(n))).text == str(n)
             assert own.health() is not None
-            slowest = max(slowest, time.monotonic() - asked)
+            took.append(time.monotonic() - asked)
         grown = own.memory("VmHWM") - before
-        print(f"slowest task {slowest:.3f} s; memory grew by {grown / 1e6:.1f} MB for {3 * IDLE // 2}")
-        assert slowest < 5
+        usual = statistics.median(took)  # a machine may stand still once
+        print(f"a task takes {usual:.3f} s, or {max(took):.3f} s; memory grew by {grown / 1e6:.1f} MB")
+        assert usual < 2
         assert grown < 3 * IDLE // 2 * 100_000
 
         def are_closed() -> bool:

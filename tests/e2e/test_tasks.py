@@ -124,7 +124,7 @@ async def test_a_task_has_only_so_much_time(caller: Caller) -> None:
     end = late.events[-1].data
     assert (end["status"], end["error"]["code"]) == ("timeout", "task_timeout")
     assert late.of("error") == [end["error"]]
-    assert 0.5 <= end["elapsed_seconds"] < 5
+    assert 0.5 <= end["elapsed_seconds"] < 60  # the default is 300
     assert (await caller.run(session=session, prompt="next")).text == "next"
 
 
@@ -160,17 +160,18 @@ async def test_cancelling_a_task_whose_worker_starts(caller: Caller) -> None:
     assert (await caller.session(task.session_id))["state"] == "preparing"
 
 
-async def test_a_worker_that_ignores_a_cancel_loses_its_session(caller: Caller) -> None:
+async def test_a_worker_that_ignores_a_cancel_loses_its_session(serve: Callable[..., Service]) -> None:
     """The client hears the end at once, the session is ended after CANCEL_GRACE_SECONDS, others go on."""
-    task = await caller.working(hang=True, ignore_cancel=True)
-    behind = await caller.started(session=task.session_id, prompt="never")
-    await caller.cancel(task.task_id)
-    assert (await task.finish())["error"]["code"] == "task_cancelled"
-    assert (await behind.finish())["error"]["code"] == "cancel_ignored"
-    ended = await caller.ended(task.session_id)
-    assert (ended["state"], ended["close_reason"]) == ("failed", "worker_misbehaved")
-    assert ended["error"]["code"] == "cancel_ignored"
-    assert (await caller.run(prompt="a new session")).text == "a new session"
+    async with serve(CANCEL_GRACE_SECONDS=1).caller() as caller:
+        task = await caller.working(hang=True, ignore_cancel=True)
+        behind = await caller.started(session=task.session_id, prompt="never")
+        await caller.cancel(task.task_id)
+        assert (await task.finish())["error"]["code"] == "task_cancelled"
+        assert (await behind.finish())["error"]["code"] == "cancel_ignored"
+        ended = await caller.ended(task.session_id)
+        assert (ended["state"], ended["close_reason"]) == ("failed", "worker_misbehaved")
+        assert ended["error"]["code"] == "cancel_ignored"
+        assert (await caller.run(prompt="a new session")).text == "a new session"
 
 
 # -- clients that go away -----------------------------------------------------------------------------------
@@ -195,24 +196,25 @@ async def test_a_client_that_goes_away_from_the_queue(caller: Caller) -> None:
     assert (await caller.task(queued.task_id))["started_at"] is None
 
 
-async def test_a_client_that_comes_back_misses_nothing(caller: Caller) -> None:
+async def test_a_client_that_comes_back_misses_nothing(serve: Callable[..., Service]) -> None:
     """Taken up again with Last-Event-ID, however often, a stream gives every event once and in order."""
-    task = await caller.working(count=150, delay_ms=20)
-    await task.until("text_delta")
-    seen = [event for event in task.events if event.id and event.event not in ("queue", "progress")]
-    await task.leave()
-    while seen[-1].event != "task_finish":
-        async with caller.events(task.task_id, after=seen[-1].id) as again:
-            async with asyncio.timeout(30):
-                async for event in again._source:
-                    seen.append(event)
-                    if event.event == "task_finish" or len(seen) % 30 == 0:
-                        break
-    assert [event.id for event in seen] == list(range(1, len(seen) + 1))
-    assert "".join(e.data["delta"] for e in seen if e.event == "text_delta") == "".join(
-        f"tok{n} " for n in range(150)
-    )
-    assert seen[-1].data["status"] == "completed"
+    async with serve(CPU_SLOTS=4, DISCONNECT_GRACE_SECONDS=60).caller() as caller:
+        task = await caller.working(count=150, delay_ms=20)
+        await task.until("text_delta")
+        seen = [event for event in task.events if event.id and event.event not in ("queue", "progress")]
+        await task.leave()
+        while seen[-1].event != "task_finish":
+            async with caller.events(task.task_id, after=seen[-1].id) as again:
+                async with asyncio.timeout(30):
+                    async for event in again._source:
+                        seen.append(event)
+                        if event.event == "task_finish" or len(seen) % 30 == 0:
+                            break
+        assert [event.id for event in seen] == list(range(1, len(seen) + 1))
+        assert "".join(e.data["delta"] for e in seen if e.event == "text_delta") == "".join(
+            f"tok{n} " for n in range(150)
+        )
+        assert seen[-1].data["status"] == "completed"
 
 
 async def test_another_reader_keeps_a_task_alive(caller: Caller) -> None:

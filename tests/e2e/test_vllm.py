@@ -167,7 +167,7 @@ async def test_cancel_frees_the_engine_slot(vllm: VllmService, caller: Caller, s
     ]
     for task in tasks:
         await task.until("text_delta")
-    assert (await vllm.figures())["running"] == TASKS
+    await vllm.running(TASKS)
     await caller.cancel(tasks[3].task_id)
     assert (await tasks[3].finish())["status"] == "cancelled"
     await vllm.running(TASKS - 1)

@@ -122,7 +122,7 @@ class VllmService:
     async def warm(self, caller: Caller) -> str:
         """The shared session, started when it is not there."""
         session = self.session_id
-        if session is None or (await caller.session(session))["state"] not in ("ready", "busy"):
+        if session is None or (await caller.session(session))["state"] not in ("ready", "working"):
             session = self.session_id = (await caller.open("cpu", model="tiny"))["session_id"]
             await caller.in_state(session, "ready", within=LOAD_SECONDS)
         return session

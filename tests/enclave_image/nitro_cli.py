@@ -8,6 +8,7 @@ call of run-enclave, `broken` the one of all calls while it is there; `socket` i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -59,23 +60,33 @@ def run_enclave(options: argparse.Namespace) -> None:
         fail("E29")
     path = STATE / "socket"
     environment = {"PYTHONPATH": f"{ROOT / 'enclave_image'}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "enclave", "--simulated", "--socket", path.name]
     with (STATE / "console").open("ab") as console:
         program = subprocess.Popen(
-            [sys.executable, "-m", "enclave", "--simulated", "--socket", path.name],
+            # It begins when its record is there: who finds that it answers finds that too.
+            ["sh", "-c", 'read -r go && exec "$@" </dev/null', "sh", *command],
             cwd=STATE,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=console,
             stderr=console,
             start_new_session=True,
         )
-    while program.poll() is None and not _answers(path):
-        pass
-    if program.poll() is not None:
-        fail("E36")
     enclave = f"i-0123456789abcdef0-enc{secrets.token_hex(8)}"
-    (STATE / "running").mkdir(exist_ok=True)
-    (STATE / "running" / enclave).write_text(str(program.pid))
+    record = STATE / "running" / enclave
+    record.parent.mkdir(exist_ok=True)
+    draft = STATE / f"{enclave}.draft"
+    draft.write_text(str(program.pid))
+    draft.rename(record)
+    assert program.stdin is not None
+    with program.stdin:
+        program.stdin.write(b"go\n")
+    while program.poll() is None and not _answers(path):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            program.wait(0.005)
+    if program.poll() is not None:
+        record.unlink()
+        fail("E36")
     print(f"Started enclave with enclave-cid: {options.enclave_cid}", file=sys.stderr)
     show(
         {
@@ -142,12 +153,15 @@ def _runs(pid: int) -> bool:
 
 
 def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(f"/proc/self/fd/{os.open(path, os.O_PATH)}")
-        except OSError:
-            return False
-    return True
+    try:
+        held = os.open(path, os.O_PATH)
+    except FileNotFoundError:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(f"/proc/self/fd/{held}") == 0
+    finally:
+        os.close(held)
 
 
 def main() -> None:

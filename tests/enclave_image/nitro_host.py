@@ -49,7 +49,11 @@ class NitroHost:
     @property
     def running(self) -> dict[str, int]:
         """Enclave id -> pid, of those that were started and not terminated."""
-        return {record.name: int(record.read_text()) for record in self.folder.glob("running/*")}
+        found = {}
+        for record in self.folder.glob("running/*"):
+            with suppress(FileNotFoundError):  # terminated meanwhile
+                found[record.name] = int(record.read_text())
+        return found
 
     def crash(self) -> None:
         """Every enclave ends without a word."""

@@ -220,7 +220,7 @@ def test_a_fault_of_its_own_tells_nothing() -> None:
     assert Enclave(Nsm(breaks)).ask(Op.INIT) == (Code.INTERNAL, [])
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     op=st.sampled_from(list(Op)),
     args=st.lists(

@@ -46,7 +46,7 @@ class FakeClock:
             if when is not None and when <= self._now:
                 over.set()
 
-    async def until_slept_to(self, when: float | None, within: float = 10.0) -> None:
+    async def until_slept_to(self, when: float | None, within: float = 30.0) -> None:
         """Wait until somebody sleeps to this moment (None: for ever)."""
         async with asyncio.timeout(within):
             while when not in self._sleepers.values():

@@ -367,7 +367,7 @@ TELLING += [
 
 
 @pytest.mark.parametrize("part", range(5))
-@settings(max_examples=2_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2_000, database=None, suppress_health_check=list(HealthCheck))
 @given(document=mutated())
 def test_mutated_documents(part: int, document: bytes) -> None:
     """Ten thousand changed documents: what was signed is still the same, or the document is refused, and
@@ -390,7 +390,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=1_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1_000, database=None, suppress_health_check=list(HealthCheck))
 @given(field=st.sampled_from(sorted(Forge().payload())), value=VALUES)
 def test_signed_nonsense(field: str, value: object) -> None:
     """Whatever is in a field, well signed: it verifies or is refused."""
@@ -398,7 +398,7 @@ def test_signed_nonsense(field: str, value: object) -> None:
         check(forge().document({field: value}), nonce=None, pcrs={})
 
 
-@settings(max_examples=2_000, deadline=None, database=None)
+@settings(max_examples=2_000, database=None)
 @given(document=st.binary(max_size=200))
 def test_noise(document: bytes) -> None:
     """What never was a document is refused."""

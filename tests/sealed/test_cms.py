@@ -176,7 +176,7 @@ def test_keys_that_are_not_rsa() -> None:
         make_recipient(KEY, spki(ec.generate_private_key(ec.SECP384R1())))
 
 
-@settings(max_examples=1_000, deadline=None, database=None)
+@settings(max_examples=1_000, database=None)
 @given(
     at=st.integers(0, 492),
     cut=st.integers(0, 3),

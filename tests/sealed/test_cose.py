@@ -80,7 +80,7 @@ def test_depth_and_size() -> None:
     refuses(bytes([0x58, 100]) + bytes(100), max_bytes=101)
 
 
-@settings(max_examples=5_000, deadline=None, database=None)
+@settings(max_examples=5_000, database=None)
 @given(data=st.binary(max_size=64))
 def test_noise(data: bytes) -> None:
     """Whatever the bytes are, they are a value or `Malformed`."""

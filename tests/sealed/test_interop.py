@@ -48,7 +48,7 @@ def other_end(*arguments: str) -> Iterator[OtherEnd]:
     ) as process:
         try:
             yield OtherEnd(process)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

@@ -151,7 +151,7 @@ def test_mutated(name: str) -> None:
     """A parser takes mutated bytes or raises the family's errors; a sealed one takes none."""
     parser, seed, is_sealed = PARSERS[name]
 
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, database=None, suppress_health_check=list(HealthCheck))
     @given(changes=mutations(len(seed)))
     def run(changes: list[Callable[[bytes], bytes]]) -> None:
         data = seed
@@ -186,7 +186,7 @@ def test_anything(name: str) -> None:
     """Bytes that were never a message raise the family's errors too."""
     parser, _, is_sealed = PARSERS[name]
 
-    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, database=None, suppress_health_check=list(HealthCheck))
     @given(data=st.binary(max_size=700))
     def run(data: bytes) -> None:
         try:

@@ -88,7 +88,7 @@ def test_a_register_without_its_lock() -> None:
     assert code_of(lambda: answering(answer).describe_pcr(0)) == "BadAnswer"
 
 
-@settings(max_examples=1_000, deadline=None, database=None)
+@settings(max_examples=1_000, database=None)
 @given(answer=st.binary(max_size=80))
 def test_noise(answer: bytes) -> None:
     """Whatever comes back, it is a value or `NsmError`."""

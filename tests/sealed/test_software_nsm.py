@@ -134,7 +134,7 @@ def test_measurements(measurements: dict[int, bytes]) -> None:
         SoftwareNsm(measurements)
 
 
-@settings(max_examples=2_000, deadline=None, database=None)
+@settings(max_examples=2_000, database=None)
 @given(request_=st.binary(max_size=64))
 def test_noise(request_: bytes) -> None:
     """Whatever is asked, there is an answer."""

@@ -280,10 +280,12 @@ async def test_sigterm_ends_streams_and_exits_with_0(start: Callable[..., Any]) 
 
 async def test_loading_takes_as_long_as_asked(start: Callable[..., Any]) -> None:
     """`LOAD_SECONDS` shows progress while loading."""
-    async with start(LOAD_SECONDS="0.5") as worker:
+    async with start(LOAD_SECONDS="600") as worker:
         while (health := await worker.health())["progress"] is None:
             assert health["status"] == "loading"
-        assert health["progress"]["total"] == 5
+        assert health["progress"]["total"] == 6000
+        worker.path.unlink()
+    async with start(LOAD_SECONDS="0.2") as worker:
         await worker.until("ready")
 
 

@@ -419,8 +419,8 @@ def test_the_log_of_a_ready_engine() -> None:
 def test_a_hostile_line_is_read_quickly(line: str) -> None:
     """Whatever a line is like, a hundred of them take no time worth naming."""
     heard = console.Console()
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(100):
         heard.hear(line)
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2
     assert heard.stage is None

@@ -624,20 +624,32 @@ async def test_an_image_without_the_package_says_so(tmp_path: Path, error: str) 
 
 @pytest.mark.parametrize("says", ["raise OSError", "worker.fail"])
 async def test_a_load_that_fails_says_why(tmp_path: Path, says: str) -> None:
-    """In health, all that the service reads of a sealed worker: no task has been there to be quoted."""
+    """In health, all that the service reads of a sealed worker: no task has been there to be quoted. A worker
+    that ends says it for a moment, which lasts here until it was heard."""
     program = (
-        "import threading\n"
+        "import os, threading\n"
+        "import gpu_worker.worker\n"
         "from gpu_worker import Worker\n"
+        "gpu_worker.worker._STOP_SECONDS = 60\n"
+        "def wait(seconds, way, argument):\n"
+        "    def heard():\n"
+        "        open(os.environ['HEARD']).close()\n"
+        "        way(argument)\n"
+        "    threading.Thread(target=heard, daemon=True).start()\n"
+        "gpu_worker.worker._exit_in = wait\n"
         "worker = Worker()\n"
         "worker.task(print)\n"
         "@worker.load\n"
         f"def load(progress):\n    {says}('no weights')\n    threading.Event().wait()\n"
         "worker.run()\n"
     )
-    async with process(tmp_path, program, **SEALED) as (running, http):
+    heard = tmp_path / "heard"
+    os.mkfifo(heard)
+    async with process(tmp_path, program, HEARD=str(heard), **SEALED) as (running, http):
         health = await health_of(http)
         if says == "worker.fail":
-            _, err = await running.communicate()
+            with heard.open("r+b", buffering=0):  # whoever waits to read it goes on
+                _, err = await running.communicate()
             assert err.decode() == "the worker failed: no weights\n"
     assert health["status"] == "failed"
     assert health["message"] in ("no weights", "OSError: no weights")
