@@ -23,10 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from unsigned import Unsigned
+
 from gpu_server.core import events as ev
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import Rules, TaskState, TaskType, Workload
-from gpu_server.core.slots import Certificate, SlotSpec
+from gpu_server.core.slots import SlotSpec
 
 SLOTS = 1000
 ROUNDS = 5
@@ -59,7 +61,8 @@ class Traffic:
             task_retention=TASKS_KEPT / 1000,
             tombstone_retention=over + 0.5,
         )
-        self.node = Node(rules)
+        self.unsigned = Unsigned()
+        self.node = Node(rules, judge=self.unsigned.judge)
         self.now = 0.0
         self.decisions = 0
         self._names = itertools.count()
@@ -119,11 +122,8 @@ class Traffic:
         return name
 
     def _wash(self, slot_id: str) -> None:
-        slot = self.node.slots[slot_id]
-        certificate = Certificate(
-            kind="teardown", slot_id=slot_id, slot_uuid=slot.spec.uuid, fence=slot.fence
-        )
-        self._send(ev.WashPassed(certificate=certificate))
+        for event in self.unsigned.wash(self.node.slots[slot_id]):
+            self._send(event)
 
     def _send(self, event: ev.Event) -> None:
         self.decisions += 1

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import aiohttp
 from relay import HEADERS, KEY, PRESETS, ROOT, percentile, start_session, until_up
+from unsigned import Unsigned
 
 from gpu_server.core import events as ev
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import Rules, TaskState, TaskType, Workload
-from gpu_server.core.slots import Certificate, SlotSpec
+from gpu_server.core.slots import SlotSpec
 from gpu_server.drivers.journal import SqliteJournal
 
 SESSIONS = 100
@@ -48,6 +49,9 @@ class Journal:
         from gpu_server.core.rows import Table
         return {table: {} for table in Table}
     def write(self, changes): pass
+    def secure(self): pass
+    def certificates(self, slot_id, limit): return ()
+    def prune(self, kept): pass
     def close(self): pass
 
 class Spool:
@@ -56,6 +60,7 @@ class Spool:
     def open(self): pass
     def secret(self): return b"x" * 32, True
     def known(self): return set()
+    def probe(self): pass
     def put_input(self, task_id, body): self.inputs[task_id] = body
     def input(self, task_id): return self.inputs.get(task_id)
     def drop_input(self, task_id): self.inputs.pop(task_id, None)
@@ -109,15 +114,14 @@ def decisions() -> None:
 
 
 def _warm_node(keep: Callable[[Node], object]) -> Node:
-    node = Node(Rules(task_retention=0.5, idle_timeout=1e9, max_lifetime=1e9))
+    unsigned = Unsigned()
+    node = Node(Rules(task_retention=0.5, idle_timeout=1e9, max_lifetime=1e9), judge=unsigned.judge)
     specs = tuple(
         SlotSpec(id=f"g{i}", uuid=f"GPU-{i}", name="L40S", memory_mb=46068, is_gpu=True)
         for i in range(SESSIONS)
     )
     node.handle(ev.NodeStarted(slots=specs), 0.0)
-    for spec in specs:
-        certificate = Certificate(kind="teardown", slot_id=spec.id, slot_uuid=spec.uuid, fence=0)
-        node.handle(ev.WashPassed(certificate=certificate), 0.0)
+    unsigned.wash_all(node)
     for number in range(SESSIONS):
         request = ev.SessionRequested(session_id=f"s{number}", tenant="a", tier=None, workload=WORK)
         node.handle(request, 0.0)

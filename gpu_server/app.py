@@ -15,6 +15,7 @@ from sse_starlette.sse import AppStatus
 
 from gpu_server import __version__
 from gpu_server.api import (
+    certificates,
     health,
     inference,
     metrics,
@@ -44,7 +45,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     problems.install(app)
     openai_errors.install(app)
-    for module in (tasks, sessions, inference, openai, slots, health, metrics):
+    for module in (tasks, sessions, inference, openai, slots, certificates, health, metrics):
         app.include_router(module.router)
     return app
 

@@ -12,7 +12,7 @@ import uvicorn
 from pydantic import ValidationError
 from rich.table import Column, Table
 
-from gpu_server import __version__, cli_models, cli_sealed, log, presets
+from gpu_server import __version__, cli_models, cli_sealed, cli_slots, cli_wash, log, presets
 from gpu_server.cli_client import (
     DEFAULT_URL,
     AsJson,
@@ -37,10 +37,10 @@ presets_app = typer.Typer(no_args_is_help=True, help="The presets file.")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(presets_app, name="presets")
-slots_app = typer.Typer(no_args_is_help=True, help="Look at slots, and wash quarantined ones (operator).")
-app.add_typer(slots_app, name="slots")
+app.add_typer(cli_slots.app, name="slots")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_sealed.attestation_app, name="attestation")
+app.add_typer(cli_wash.app, name="wash")
 app.command("kms-emulator")(cli_sealed.kms_emulator)
 
 
@@ -161,24 +161,6 @@ def sessions_keepalive(
     print_json(
         converse(url, api_key, tenant, lambda c: c.call("POST", f"/api/sessions/{session_id}/keepalive"))
     )
-
-
-@slots_app.command("list")
-def slots_list(url: Url = DEFAULT_URL, api_key: Key = None) -> None:
-    """List this node's slots."""
-    health = converse(url, api_key, None, lambda client: client.call("GET", "/health"))
-    table = Table("slot", "uuid", "name", "tiers", "state", "fault", box=None)
-    for slot in health["gpus"]:
-        row = (slot["id"], slot["uuid"], slot["name"], ",".join(slot["tiers"]), slot["state"], slot["fault"])
-        table.add_row(*(value or "" for value in row))
-    out.print(table)
-
-
-@slots_app.command("wash")
-def slots_wash(slot_id: str, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
-    """Wash a quarantined slot again; it is free if the wash passes."""
-    slot = converse(url, api_key, None, lambda client: client.call("POST", f"/api/slots/{slot_id}/wash"))
-    out.print(f"slot {slot['id']}: {slot['state']}")
 
 
 @presets_app.command("check")

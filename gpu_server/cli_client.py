@@ -25,6 +25,7 @@ from gpu_server.client import (
     SessionEnded,
     TaskEvent,
     Unreadable,
+    WashNotProven,
 )
 
 T = TypeVar("T")
@@ -160,6 +161,8 @@ def converse(
         message = str(refused)
     except AttestationRefused as refused:
         message = f"The enclave is not accepted ({refused.reason}): {refused}"
+    except WashNotProven as unproven:
+        message = f"No proof of the washes ({unproven.reason}): {unproven}"
     except SealedError as error:
         message = f"Refused by this client: {error}"
     except DataKeyFailed as failed:

@@ -61,14 +61,14 @@ def verify(
 
     given = {0: pcr0, 1: pcr1, 2: pcr2, 3: pcr3, 8: pcr8}
     expected = {
-        index: {_hex(text, f"--pcr{index}", PCR_BYTES) for text in texts}
+        index: {from_hex(text, f"--pcr{index}", PCR_BYTES) for text in texts}
         for index, texts in given.items()
         if texts
     }
     try:
         attestation = verify_document(
-            _document(file),
-            nonce=None if nonce is None else _hex(nonce, "--nonce"),
+            read_document(file),
+            nonce=None if nonce is None else from_hex(nonce, "--nonce"),
             pcrs={},  # below: of each, one of several
             allow_simulated=allow_simulated,
             at_document_time=at_document_time,
@@ -119,7 +119,7 @@ def kms_emulator(
         roots = [root_fingerprint(path.read_bytes()) for path in root or ()]
         if keys_file is not None:
             keys |= load_keys(keys_file.read_bytes())
-        measurements = [_hex(text, "--pcr0", PCR_BYTES).hex() for text in pcr0 or ()] or "*"
+        measurements = [from_hex(text, "--pcr0", PCR_BYTES).hex() for text in pcr0 or ()] or "*"
         conditions = {"kms:RecipientAttestation:ImageSha384": measurements}
         keys |= load_keys(orjson.dumps({arn: {"conditions": conditions} for arn in key or ()}))
     except (OSError, ValueError) as error:
@@ -149,7 +149,7 @@ async def _emulate(keys: dict[str, EmulatedKey], roots: list[bytes], port: int) 
         await stop.wait()
 
 
-def _document(file: str) -> bytes:
+def read_document(file: str) -> bytes:
     """The bytes of a document, from a file or stdin; base64 text is decoded."""
     try:
         with sys.stdin.buffer if file == "-" else Path(file).open("rb") as source:
@@ -166,7 +166,8 @@ def _document(file: str) -> bytes:
     return data
 
 
-def _hex(text: str, option: str, size: int | None = None) -> bytes:
+def from_hex(text: str, option: str, size: int | None = None) -> bytes:
+    """The bytes that an option names. Raises `typer.BadParameter`."""
     try:
         value = bytes.fromhex(text)
     except ValueError:

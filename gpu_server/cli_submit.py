@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
@@ -25,8 +26,11 @@ from gpu_server.cli_client import (
     out,
     show_all,
 )
+from gpu_server.cli_sealed import from_hex
+from gpu_server.cli_slots import save, utc
 from gpu_server.client import AwsDataKeys, Client, Expected, Malformed, SealedSession, open_sealed
 from gpu_server.client.sealed import OPEN_SECONDS
+from gpu_server.client.washes import NODE_KEY_BYTES
 from gpu_server.sealed.names import region_of
 
 SEALED = "Sealed tasks"
@@ -125,6 +129,33 @@ def submit(
             show_default=False,
         ),
     ] = None,
+    check_washes: Annotated[
+        bool,
+        typer.Option(
+            "--check-washes/--no-check-washes",
+            help="Whether it must be proven that its slots were washed.",
+            rich_help_panel=SEALED,
+        ),
+    ] = True,
+    node_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEX",
+            help="The key of the node whose certificates are accepted.",
+            rich_help_panel=SEALED,
+            show_default=False,
+        ),
+    ] = None,
+    save_certificates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            file_okay=False,
+            help="Keep the certificates of the washes before it, and behind it where it ends with this.",
+            rich_help_panel=SEALED,
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[
         bool,
         typer.Option("--keep", help="Leave the session for later tasks (--session).", rich_help_panel=SEALED),
@@ -152,6 +183,9 @@ def submit(
             "--pcr8": pcr8,
             "--allow-simulated": allow_simulated,
             "--open-seconds": open_seconds is not None,
+            "--no-check-washes": not check_washes,
+            "--node-key": node_key,
+            "--save-certificates": save_certificates,
             "--keep": keep,
         }
         _none_of(only_sealed, "is for --sealed")
@@ -195,9 +229,13 @@ def submit(
         "keys": AwsDataKeys(endpoint_url=kms_endpoint),
         "allow_simulated": allow_simulated,
         "keep": keep,
+        "check_washes": check_washes,
+        "node_key": None if node_key is None else from_hex(node_key, "--node-key", NODE_KEY_BYTES),
         "open_seconds": OPEN_SECONDS if open_seconds is None else open_seconds,
         "on_wait": _tell_wait,
     }
+    if not check_washes and (node_key or save_certificates):
+        raise typer.BadParameter("--node-key and --save-certificates are for washes that are checked")
     if (model is None) != (preset is None) or not (pool or model or session):
         raise typer.BadParameter("name a --pool, a model_id and a task_preset, or a --session")
     if (model is not None and (pool or session)) or (session and difficulty is not None):
@@ -212,8 +250,14 @@ def submit(
         async with await open_sealed(client, **options) as opened:
             stays = stays or keep  # before that, it is ended all the same
             _tell(opened, to_stderr=as_json, keep=keep)
+            if save_certificates is not None:
+                save(opened.washes, save_certificates)
             printer = EventPrinter(as_json=as_json, sealed=True)
-            return await show_all(opened.submit(given), printer)
+            status = await show_all(opened.submit(given), printer)
+        if save_certificates is not None and not stays:
+            _tell_wait("waiting for the washes behind the session")
+            save(await opened.certificates_after(), save_certificates)
+        return status
 
     def interrupted() -> str:
         return left() if stays else "interrupted; what was started for it is ended"
@@ -269,8 +313,19 @@ def _tell(session: SealedSession, *, to_stderr: bool, keep: bool) -> None:
         to.print("[yellow]sealed: simulated enclave, proves nothing[/]")
     else:
         to.print(f"[green]sealed: {session.assurance}, PCR0 {session.attestation.pcrs[0].hex()}[/]")
+    to.print(_washes(session))
     if keep:
         to.print(f"session: {session.session_id}", markup=False)
+
+
+def _washes(session: SealedSession) -> str:
+    """What is proven of the washes before it, in one line."""
+    if not session.washes:
+        return "[yellow]washes: not checked[/]"
+    slots = ", ".join(f"slot {one.record.slot_id} at {utc(one.record.made_ms)}" for one in session.washes)
+    said = f"washed before: {slots}; certified by node {session.washes[0].record.node_key.hex()}"
+    colour = "yellow" if session.assurance == "simulated" else "green"
+    return f"[{colour}]{said}[/]"
 
 
 def _tell_wait(reason: str) -> None:

@@ -1,13 +1,15 @@
-"""Counts of what this life of the service has decided: tasks that ended, workers that came up or did not.
+"""Counts of what this life of the service has decided, and of the washes that it has carried out.
 
-They are taken from the decisions themselves, so they are exact, and begin at nothing with each start.
+The former are taken from the decisions themselves, so they are exact. All begin at nothing with each start.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
@@ -29,15 +31,47 @@ class Loads:
         return self.seconds / self.ready if self.ready else None
 
 
+TOTAL: Final = "total"
+"""From the order to wash a slot until it is free, among the steps."""
+BUCKETS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Seconds: upper bounds, each included."""
+
+
+@dataclass(slots=True)
+class Durations:
+    """How long something took, each time. `counts` are by `BUCKETS`, not added up, and one more for what was
+    longer; `sum` is in seconds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    sum: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """How often."""
+        return sum(self.counts)
+
+    def add(self, seconds: float) -> None:
+        """Once more."""
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+
 @dataclass(slots=True)
 class Counts:
     """`note` is told of every decision. `run_seconds` is what completed tasks took from start to end,
-    together."""
+    together.
+
+    Washes are counted by those who wash, each slot for itself: those that failed by the step that did; how
+    long they took by the step, and in `TOTAL`.
+    """
 
     submitted: int = 0
     ended: Counter[TaskState] = field(default_factory=Counter)
     run_seconds: float = 0.0
     loads: dict[str, Loads] = field(default_factory=lambda: defaultdict(Loads))
+    washes_passed: int = 0
+    washes_failed: Counter[str] = field(default_factory=Counter)
+    wash_seconds: dict[str, Durations] = field(default_factory=lambda: defaultdict(Durations))
     _starting: dict[str, float] = field(default_factory=dict)
 
     def note(self, event: ev.Event, effects: Sequence[fx.Effect], node: Node, now: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -39,10 +39,16 @@ from gpu_server.ports import (
     WorkerExit,
     worker_name,
 )
+from gpu_server.prefetches import Prefetches
+from gpu_server.slot_wash import Equipment
 from gpu_server.stream import Stream
 from gpu_server.streams import Streams
+from gpu_server.wash_steps import WashView
+from gpu_server.washes import Washes
 
 HANDOVER_SECONDS = 1
+PRUNE_EVERY = 100
+"""So many certificates may be there beyond those that are kept."""
 _GRANTED = (ev.TaskSubmitted, ev.SessionRequested)
 
 log = structlog.get_logger()
@@ -87,7 +93,8 @@ class Engine:
         inputs: Inputs,
         launcher: Launcher,
         clock: Clock,
-        wash_give_up: float,
+        equipment: Equipment,
+        certificates_kept: int = 1000,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self.node, self.streams, self.clock, self.runtime = node, streams, clock, runtime
@@ -95,14 +102,17 @@ class Engine:
         self.handed_over = False
         self.readings: Mapping[str, SlotReading] = {}
         self.counts = Counts()
-        self.wash = CarWash(runtime, folders, clock, give_up=wash_give_up, served_by=self._served_by)
+        self.journal = journal
+        self.wash = CarWash(runtime, journal, clock, self.counts, equipment, uid_base=launcher.uid_base)
+        self._washes = Washes(self, self.wash, journal, clock, self.counts)
+        self._prefetches = Prefetches(self, launcher)
         self.on_decided: Callable[[], None] = lambda: None
         self.attendants: dict[str, Attendant] = {}
-        self._journal, self._spool, self._folders = journal, spool, folders
+        self._spool, self._folders = spool, folders
         self._inputs, self._launcher, self._on_broken = inputs, launcher, on_broken
+        self._certificates_kept, self._since_pruned = certificates_kept, PRUNE_EVERY
         self._decided = asyncio.Event()
         self._not_sent: list[fx.SendTask] = []
-        self._washes: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
 
@@ -161,7 +171,7 @@ class Engine:
                 if isinstance(effect, fx.Publish):
                     self._publish(effect)
             self.save()
-            refused = self._journal.failing is not None and isinstance(event, _GRANTED)
+            refused = self.journal.failing is not None and isinstance(event, _GRANTED)
             for effect in effects:
                 if refused and isinstance(effect, fx.SendTask):
                     self._not_sent.append(effect)  # it will be withdrawn: no worker must see it
@@ -175,6 +185,7 @@ class Engine:
         except Exception as error:
             self._break(f"{type(event).__name__}: {error!r}")
             raise
+        self._prefetches.review()
         self._decided.set()
         self.on_decided()
 
@@ -195,7 +206,7 @@ class Engine:
     @property
     def storage_doubt(self) -> str | None:
         """Why what is decided now would not outlive this process, or None."""
-        return self._journal.failing or self.streams.fault
+        return self.journal.failing or self.streams.fault
 
     def save(self) -> None:
         """Journal what has changed, and what could not be written before. While that fails the service goes
@@ -204,9 +215,9 @@ class Engine:
             return  # what a bug left half-made is not to outlive it
         changes = self.node.take_changes()
         self._keep_words(changes)
-        failing = self._journal.failing
+        failing = self.journal.failing
         try:
-            self._journal.write(changes)
+            self.journal.write(changes)
         except JournalFailing as error:
             if failing is None:
                 log.error("journal.failing", reason=str(error))
@@ -215,12 +226,20 @@ class Engine:
                 log.warning("journal.recovered")
 
     async def tend_storage(self) -> None:
-        """Now and then: try again what could not be written, and let the journal's log not grow for ever."""
+        """Now and then: try again what could not be written, and let neither the journal's log nor its
+        certificates grow for ever."""
         self.streams.mend()
-        if self._journal.failing is not None:
+        if self.journal.failing is not None:
             self.save()
-        elif self._journal.wants_checkpoint:
-            await asyncio.to_thread(self._journal.checkpoint)
+            return
+        if self._since_pruned >= PRUNE_EVERY:
+            self._since_pruned = 0
+            try:
+                self.journal.prune(self._certificates_kept)
+            except JournalFailing as error:
+                log.warning("journal.not_pruned", reason=str(error))
+        if self.journal.wants_checkpoint:
+            await asyncio.to_thread(self.journal.checkpoint)
 
     def _keep_words(self, changes: list[Change]) -> None:
         """What workers said about their ends: never on a disk, but in the spool beside their events."""
@@ -244,7 +263,7 @@ class Engine:
 
     def _require_storage(self) -> None:
         """Raises `Refusal` while a request that was granted might be forgotten."""
-        if self._journal.failing is not None:
+        if self.journal.failing is not None:
             self.save()
         self.streams.mend()
         if (doubt := self.storage_doubt) is not None:
@@ -252,7 +271,7 @@ class Engine:
 
     def _withdraw_unless_stored(self, *, task_id: str | None, session_id: str | None) -> None:
         """A request that was granted and could not be journalled is taken back. Raises `Refusal` then."""
-        if (doubt := self._journal.failing) is not None:
+        if (doubt := self.journal.failing) is not None:
             self.decide(ev.RequestWithdrawn(task_id=task_id, session_id=session_id))
             not_sent, self._not_sent = self._not_sent, []
             for order in not_sent:
@@ -342,7 +361,7 @@ class Engine:
         what a client was told must be known after a restart."""
         self._require_storage()
         self.decide(ev.SessionOpened(session_id=session_id, tenant=tenant, psk_id=psk_id, grant=grant))
-        if (doubt := self._journal.failing) is not None:
+        if (doubt := self.journal.failing) is not None:
             raise _not_stored(doubt)  # the grant stays, unused: it can be asked for again
         log.info("session.opened", session_id=session_id)
 
@@ -361,9 +380,9 @@ class Engine:
     async def shut_down(self, patience: float) -> bool:
         """End every session and wait for the washes, `patience` seconds at most; whether nothing is left."""
         self.report(ev.ShutdownOrdered())
-        if self._washes:
-            await asyncio.wait(list(self._washes.values()), timeout=patience)
-        return self.broken is None and not self._washes and not any(self.node.live_sessions())
+        await self._washes.settle(patience)
+        # What is still being washed then has no container, and the next life washes it from the beginning.
+        return self.broken is None and self.wash.swept and not any(self.node.live_sessions())
 
     def hand_over(self) -> None:
         """Leave everything to the next life of the service: requests are refused, and streams end where they
@@ -389,9 +408,12 @@ class Engine:
             case fx.CancelTask(session_id=session_id, task_id=task_id):
                 self.attendants[session_id].cancel(task_id)
             case fx.WashSlots():
-                wash = self.spawn(f"wash {effect.fence} {effect.session_id}", self._wash(effect))
-                self._washes[id(effect)] = wash
-                wash.add_done_callback(lambda _: self._washes.pop(id(effect), None))
+                self._washes.begin(effect)
+            case fx.SecureCertificate():
+                self._since_pruned += 1
+                self._washes.secure(effect)
+            case fx.PrefetchModel(session_id=session_id):
+                self._prefetches.begin(session_id)
             case fx.FinishTask(task_id=task_id):
                 self._inputs.drop(task_id)
                 self.streams.finished(task_id)
@@ -427,38 +449,23 @@ class Engine:
         """A worker has this task for certain: its input is not needed here any more."""
         self._inputs.drop(task_id)
 
-    async def _wash(self, order: fx.WashSlots) -> None:
-        """A wash that crashes has not proven anything: its slots are locked away, the node goes on."""
-        try:
-            await self._run_wash(order)
-        except Exception as error:  # whatever it is, the answer is quarantine and a log line
-            log.exception("wash.crashed", slots=order.slot_ids)
-            reason = f"the wash crashed: {error!r}"
-            self.report(
-                ev.WashFailed(
-                    session_id=order.session_id, slot_ids=order.slot_ids, fence=order.fence, reason=reason
-                )
-            )
-        finally:
-            # What could not be removed belongs to nobody from here on: the reaper tries again.
-            self.attendants.pop(order.session_id or "", None)
+    async def let_go(self, session_id: str) -> str:
+        """Nobody attends the session any more; what its worker wrote last. An earlier life may have ended it:
+        then nobody attends it in this one."""
+        attendant = self.attendants.get(session_id)
+        if attendant is None:
+            return ""
+        await attendant.close()
+        return attendant.log_tail
 
-    async def _run_wash(self, order: fx.WashSlots) -> None:
-        tail = ""
-        # An earlier life may have ended the session: then nobody attends it in this one.
-        if (attendant := self.attendants.get(order.session_id or "")) is not None:
-            await attendant.close()
-            tail = attendant.log_tail
-        async for outcome in self.wash.run(order, [self.node.slots[s].spec for s in order.slot_ids]):
-            if isinstance(outcome, ev.ContainerGone):
-                self.attendants.pop(outcome.session_id, None)
-                outcome = replace(outcome, log_tail=tail)
-            if isinstance(outcome, ev.WashFailed):
-                log.error("slot.quarantined", slots=outcome.slot_ids, reason=outcome.reason)
-            if isinstance(outcome, ev.WashPassed):
-                log.info("wash.passed", slot=outcome.certificate.slot_id, fence=outcome.certificate.fence)
-            self.report(outcome)
-        log.info("wash.done", session_id=order.session_id, slots=order.slot_ids, fence=order.fence)
+    def forget(self, session_id: str) -> None:
+        """The session's worker is gone, or left to the reaper."""
+        self.attendants.pop(session_id, None)
+
+    @property
+    def washing(self) -> Mapping[str, WashView]:
+        """Slot id -> what its wash is at, of those that are being washed."""
+        return self._washes.washing
 
     # -- what the runtime and the reaper ask ----------------------------------------------------------------
 
@@ -468,14 +475,15 @@ class Engine:
         if attendant is not None and attendant.name == exit_.name:
             attendant.heard_exit(exit_)
 
-    def _served_by(self, session_id: str) -> str | None:
-        """The name of the container that serves this session now; any other of that session is residue."""
+    def served_by(self, session_id: str) -> str | None:
+        """The name of the container that serves this session now; any other of that session is residue. One
+        that is being taken down by the session's own wash, with its grace, counts too."""
         if (attendant := self.attendants.get(session_id)) is not None:
             return attendant.name
         session = self.node.sessions.get(session_id)
         if session is not None and session.tearing_down and not session.ended:
-            return worker_name(session.id, session.fence)  # its own wash takes it down, with its grace
-        return None
+            return worker_name(session.id, session.fence)
+        return self.wash.ends(session_id)
 
 
 def _not_stored(doubt: str) -> Refusal:

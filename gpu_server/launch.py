@@ -63,13 +63,13 @@ class Launcher:
         gpu_memory_utilization: float = 0.9,
     ) -> None:
         self.find_preset = find_preset
-        self._models, self._inputs, self._uid_base = models, inputs, uid_base
+        self._models, self._inputs, self.uid_base = models, inputs, uid_base
         self._gpu_memory_utilization = gpu_memory_utilization
 
     def plan(self, session: Session, slots: Sequence[Slot]) -> Plan:
         """The plan for a session that holds these slots."""
         # Without root the run folder is our own, and a worker with another uid could not write its socket.
-        uid = self._uid_base + slots[0].number if os.geteuid() == 0 else os.geteuid()
+        uid = self.uid_base + slots[0].number if os.geteuid() == 0 else os.geteuid()
         name = worker_name(session.id, session.fence)
         gpus = tuple(slot.spec.uuid for slot in slots if slot.spec.is_gpu)
         contract = Contract.HTTP if session.workload.serves_sessions else Contract.EXEC
@@ -81,6 +81,15 @@ class Launcher:
             launch=lambda: self._launch(session, name, contract, uid, gpus),
             sealed=session.sealing is not None,
         )
+
+    async def fetch_ahead(self, session: Session) -> None:
+        """Have the model of a session that will start soon, and read it ahead: all that its own start then
+        finds done. Raises `Refusal` and `StartRefused`."""
+        workload = session.workload
+        preset = self.find_preset(workload.model_id, workload.task_preset)
+        model = await self._prepare_model(preset, workload.model_id, lambda done, total: None)
+        if model is not None:
+            await self._models.hydrate(model)
 
     def _launch(
         self, session: Session, name: str, contract: Contract, uid: int, gpus: tuple[str, ...]

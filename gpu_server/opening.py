@@ -120,27 +120,19 @@ class Opening:
                     context={"tenant": tenant, "pool": sealing.pool},
                     document=document,
                 )
-            async with _told_as_refusals(session), _same_life(enclave, attestation):
-                grant = await enclave.grant(
+            async with _told_as_refusals(session):
+                binding = Binding(
                     tenant=tenant,
                     pool=sealing.pool,
                     kms_key_arn=sealing.kms_key_arn,
                     session_id=session_id,
+                    epoch=attestation.epoch,
                     worker_key=base64.b64decode(worker_key),
                     wrapped_key=wrapped_key,
-                    for_recipient=for_recipient,
                 )
+                grant = await enclave.grant(binding, for_recipient)
             if len(grant) != GRANT_BYTES:
                 raise _refusal(session, RefusalCode.INTERNAL, "the enclave's grant is none")
-        binding = Binding(
-            tenant=tenant,
-            pool=sealing.pool,
-            kms_key_arn=sealing.kms_key_arn,
-            session_id=session_id,
-            epoch=attestation.epoch,
-            worker_key=base64.b64decode(worker_key),
-            wrapped_key=wrapped_key,
-        )
         # The session may have ended meanwhile: the core looks again.
         self._engine.open_session(
             session_id,
@@ -194,17 +186,6 @@ class Opening:
 
 
 @asynccontextmanager
-async def _same_life(enclave: Enclave, attested: Attestation) -> AsyncIterator[None]:
-    """What the enclave refuses because it is not the one that was attested any more may be asked again."""
-    try:
-        yield
-    except EnclaveRefused as refused:
-        if enclave.health.epoch == attested.epoch:
-            raise
-        raise EnclaveDown("it was started anew meanwhile, with another key") from refused
-
-
-@asynccontextmanager
 async def _told_as_refusals(
     session: Session, *, late: RefusalCode = RefusalCode.ENCLAVE_UNAVAILABLE
 ) -> AsyncIterator[None]:
@@ -217,6 +198,8 @@ async def _told_as_refusals(
     except EnclaveRefused as refused:
         code = _CODES.get(refused.code, RefusalCode.INTERNAL)
         raise _refusal(session, code, f"the enclave refused ({refused.code}): {refused}") from refused
+    except Malformed as malformed:
+        raise _refusal(session, RefusalCode.INTERNAL, str(malformed)) from malformed
     except KeyServiceDenied as denied:
         raise _refusal(session, RefusalCode.KMS_DENIED, str(denied)) from denied
     except KeyServiceDown as down:

@@ -13,8 +13,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Protocol
 
-from gpu_server.core.rows import Change, Rows
+from gpu_server.core.rows import Change, Row, Rows
 from gpu_server.core.slots import SlotSpec
+from gpu_server.sealed.grant import Binding
+from gpu_server.sealed.wash import Figures
 
 
 class Contract(StrEnum):
@@ -174,6 +176,17 @@ class SeenWorker:
     running: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Belongings:
+    """What a worker has outside its own namespaces: asked for while it is there, to see it gone later.
+
+    `volumes` are the names of those that it may write to.
+    """
+
+    container_id: str
+    volumes: tuple[str, ...] = ()
+
+
 class ContainerRuntime(Protocol):
     """Starts and removes workers. Holds no state of its own: the containers and their labels are the truth.
 
@@ -229,6 +242,12 @@ class ContainerRuntime(Protocol):
 
     async def foreign_gpu_holders(self) -> Mapping[str, str]:
         """Name of a GPU (`SlotSpec.is_meant_by`) -> a running container that is not ours and was given it."""
+
+    async def belongings(self, name: str) -> Belongings | None:
+        """What this worker of this instance has, running or not; None if there is no such worker."""
+
+    def cleaners(self) -> tuple[Cleaner, ...]:
+        """Those for what this runtime's workers may leave behind `remove`, in the order of their work."""
 
 
 # -- the rest ---------------------------------------------------------------------------------------------
@@ -296,6 +315,27 @@ class EnclaveHealth:
     epoch: bytes | None
 
 
+class Renewal(Protocol):
+    """One wash's part in a restart of the enclave that several washes may share.
+
+    A wait that is cancelled is left. After an `EnclaveDown` nothing comes of it any more, and the wash begins
+    another one.
+    """
+
+    async def booted(self) -> Figures:
+        """The old enclave is seen gone, and a fresh one answers that has no key yet. Raises `EnclaveDown` and
+        `RuntimeUnreachable`."""
+
+    async def attest(self, slot_id: str, record_hash: bytes) -> bytes:
+        """Hand in the slot's newest record hash (32 bytes); a document of the fresh enclave that lists it,
+        with it as nonce. Waits until all washes of this restart have handed in all their slots, or left, but
+        not long for those that are late: so the slots of one wash are handed in at once, not one by one.
+        May be called again. Raises `EnclaveDown`, `EnclaveRefused` and `RuntimeUnreachable`."""
+
+    def leave(self) -> None:
+        """This wash is over, one way or the other, and nobody waits for it. Leaving twice is leaving once."""
+
+
 class Enclave(Protocol):
     """The one enclave of this node, which moves keys and never sees a request (docs/sealed.md)."""
 
@@ -311,19 +351,15 @@ class Enclave(Protocol):
         """An attestation document with this nonce (32 bytes) and the enclave's public key in it. Raises
         `EnclaveDown` and `EnclaveRefused`."""
 
-    async def grant(
-        self,
-        *,
-        tenant: str,
-        pool: str,
-        kms_key_arn: str,
-        session_id: str,
-        worker_key: bytes,
-        wrapped_key: bytes,
-        for_recipient: bytes,
-    ) -> bytes:
-        """A key grant to one session's worker, from what KMS encrypted for this enclave (`for_recipient`, the
-        `CiphertextForRecipient`). Raises `EnclaveDown` and `EnclaveRefused`."""
+    async def grant(self, binding: Binding, for_recipient: bytes) -> bytes:
+        """A key grant to the binding's worker, from what KMS encrypted for this enclave (`for_recipient`, the
+        `CiphertextForRecipient`). Raises `EnclaveDown`, also where the binding's epoch has passed, and
+        `EnclaveRefused`."""
+
+    def renew(self, slot_ids: tuple[str, ...]) -> Renewal:
+        """Have it end and start again with a new key, for a wash of these slots: in a restart whose key is
+        not being made yet, else in another after that. Sessions that are open go on; `attest` and `grant`
+        raise `EnclaveDown` meanwhile. Whoever calls it calls `leave` in the end."""
 
 
 class KeyServiceDenied(Exception):
@@ -354,6 +390,95 @@ class Clock(Protocol):
         """Sleep to `when` (None: for ever), or until `wake` is set."""
 
 
+# -- washing ----------------------------------------------------------------------------------------------
+
+
+class Dirty(Exception):
+    """A step of a wash has found something wrong: the slot is locked away. The message is for an operator,
+    and holds no name that a worker chose."""
+
+
+class WashUnreachable(Exception):
+    """A step of a wash could not be carried out now: nothing is known. Retry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedLease:
+    """A lease whose worker is gone, for those who look after what it left.
+
+    `session_id` is None for slots that are washed without a lease (at start, or by an operator's order); then
+    what serves no session is residue. `uids` are those of the slots' workers, empty where they are not the
+    workers' alone. `belongings` were asked for before the worker was removed; None where there was none.
+    """
+
+    session_id: str | None
+    fence: int
+    slot_ids: tuple[str, ...]
+    uids: tuple[int, ...] = ()
+    belongings: Belongings | None = None
+
+
+class NotSeen(Exception):
+    """A place cannot be looked at from here, now or later. The message, short ASCII, says why, and goes into
+    the record of the wash."""
+
+
+class Cleaner(Protocol):
+    """One place where workers may leave something.
+
+    Both methods raise `NotSeen`, `Dirty`, `WashUnreachable`, `RuntimeUnreachable` and OSError, and touch
+    nothing that is another slot's, the service's or another program's.
+    """
+
+    @property
+    def name(self) -> str:
+        """The place, as a figure's name: `[a-z][a-z0-9_]*`."""
+
+    async def look(self, lease: EndedLease) -> int:
+        """How many things of this lease are there."""
+
+    async def remove(self, lease: EndedLease) -> None:
+        """Remove them; whether that worked is for the next look to say."""
+
+
+class HostResidue(Protocol):
+    """What a lease leaves on this machine outside the GPU."""
+
+    async def clean(self, lease: EndedLease) -> Figures:
+        """Remove it and look again. For each place how many things were found and removed, or, as a text, why
+        it cannot be seen from here. Raises `Dirty` where something is still there after that, and
+        `WashUnreachable`, `RuntimeUnreachable` or OSError where it could not be done now."""
+
+    async def second_look(self, lease: EndedLease) -> None:
+        """The same places once more, without removing. Raises as `clean`; `Dirty` where anything is there."""
+
+
+class GpuScrubber(Protocol):
+    """Writes and compares the memory of one GPU (worker_images/carwash)."""
+
+    async def scrub(self, spec: SlotSpec, fence: int) -> Figures:
+        """Scrub this GPU, which nobody uses; what was written and compared, in bytes. What an earlier wash of
+        it left running is ended first, and nothing of this one runs on when it returns, raises or is
+        cancelled. Raises `Dirty` and `WashUnreachable`."""
+
+    async def sweep(self) -> int:
+        """End and remove whatever an earlier life of the service has left; how many. Raises
+        `WashUnreachable`."""
+
+    def close(self) -> None:
+        """Let go of the engine. Closing twice is closing once."""
+
+
+class GpuGates(Protocol):
+    """What the driver says of one GPU around a scrub. Both raise `Dirty` and `WashUnreachable`."""
+
+    async def before(self, spec: SlotSpec) -> None:
+        """Nobody uses it: a scrub may begin."""
+
+    async def check(self, spec: SlotSpec) -> Figures:
+        """It may be leased: no process, its memory back at the idle device's, no new fault. What was seen."""
+
+
 # -- the journal ------------------------------------------------------------------------------------------
 
 
@@ -378,11 +503,28 @@ class Journal(Protocol):
         """Whether `checkpoint` is due."""
 
     def load(self) -> Rows:
-        """All rows that are written; within a table in the order in which they were first written."""
+        """All rows of a state that are written; within a table in the order in which they were first
+        written. Certificates are no part of it."""
 
     def write(self, changes: Iterable[Change]) -> None:
         """Write these changes and all that are pending, all or none; does nothing where there is nothing.
         Raises `JournalFailing`."""
+
+    def secure(self) -> None:
+        """When this returns, all that was written before it began is on the disk, and stays there through a
+        power cut. Blocks, and is called in a thread, while writing goes on. Raises `JournalFailing`, also
+        while something waits to be written."""
+
+    def certificate(self, record_hash: str) -> Row | None:
+        """The row of the certificate of this record (its hash, in hex), or None. Raises `JournalFailing`."""
+
+    def certificates(self, slot_id: str, limit: int) -> tuple[Row, ...]:
+        """The rows of the newest certificates of a slot, `limit` at most, the newest last. Raises
+        `JournalFailing`."""
+
+    def prune(self, kept: int) -> None:
+        """Drop all certificates but the newest `kept`, at least 1, of each slot. Raises `JournalFailing`, and
+        what it has found to drop then goes with the next write."""
 
     def checkpoint(self) -> None:
         """Tidy up what writing left. Blocks, and is called in a thread, while writing goes on."""

@@ -102,6 +102,8 @@ class Preset(BaseModel):
     """The tier of the sessions that the OpenAI routes start; those requests cannot name one."""
     sealed: SealedText | None = None
     """Whether its sessions may be sealed, or must be; by default they may where the contract is http."""
+    wash: Literal["per_lease", "per_task"] = "per_lease"
+    """When its slots are washed: at a session's end, or after every task, with which its session ends."""
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Preset:
@@ -127,6 +129,7 @@ class Preset(BaseModel):
             max_concurrent_tasks=self.max_concurrent_tasks,
             start_timeout=self.start_timeout_seconds,
             sealed=SealedUse(self.sealed or ("allowed" if self.contract == "http" else "off")),
+            wash_per_task=self.wash == "per_task",
         )
 
     @property

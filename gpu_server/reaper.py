@@ -10,11 +10,11 @@ import asyncio
 
 import structlog
 
-from gpu_server.carwash import reason_of
 from gpu_server.core import events as ev
 from gpu_server.core.slots import SlotState
 from gpu_server.engine import Engine
-from gpu_server.ports import RuntimeUnreachable, SlotInventory, WorkerExit
+from gpu_server.ports import Dirty, RuntimeUnreachable, SlotInventory, WashUnreachable, WorkerExit
+from gpu_server.wash_steps import reason_of
 
 FOLDER_CHECK_SECONDS = 2.0
 RECONCILE_EVERY = 15  # rounds
@@ -120,5 +120,5 @@ class Reaper:
                     WorkerExit(name=name, session_id=expected[name], exit_code=-1, oom_killed=False)
                 )
             await engine.wash.remove_residue()
-        except (RuntimeUnreachable, OSError) as error:
+        except (Dirty, WashUnreachable, RuntimeUnreachable, OSError) as error:
             log.warning("reconcile.unreachable", reason=reason_of(error))

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -16,19 +16,25 @@ import structlog
 from ulid import ULID
 
 from gpu_server import presets
+from gpu_server.certificates import NodeKeyUnusable, NodeSeal
 from gpu_server.core import events as ev
 from gpu_server.core.node import Node
 from gpu_server.core.rows import RowsUnusable
+from gpu_server.core.slots import SlotSpec
 from gpu_server.drivers.clock import BootClock, boot_id
 from gpu_server.drivers.docker import DockerRuntime
+from gpu_server.drivers.gpu_gates import NvmlGates
 from gpu_server.drivers.inventory import choose_inventory
 from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.kms import AwsKeyService
 from gpu_server.drivers.models import store_of
 from gpu_server.drivers.process import ProcessRuntime
+from gpu_server.drivers.residue import residue_of
 from gpu_server.drivers.run_folder import RunFolders
+from gpu_server.drivers.scrubber import ContainerScrubber, program_process
 from gpu_server.drivers.spool import Spool
 from gpu_server.enclave import EnclaveSupervisor, enclave_of, remove_leftover
+from gpu_server.enclave_renewal import too_many
 from gpu_server.engine import Engine
 from gpu_server.inputs import Inputs
 from gpu_server.launch import Launcher
@@ -37,16 +43,19 @@ from gpu_server.ports import (
     Clock,
     ContainerRuntime,
     Enclave,
+    GpuScrubber,
     JournalFailing,
     JournalUnusable,
     KeyService,
     ModelStore,
     RuntimeUnreachable,
     SlotInventory,
+    WashUnreachable,
 )
 from gpu_server.reaper import Reaper
 from gpu_server.recovery import recover
 from gpu_server.settings import Settings
+from gpu_server.slot_wash import Equipment
 from gpu_server.streams import Streams
 
 SHUTDOWN_EXTRA_SECONDS = 30.0
@@ -60,7 +69,8 @@ class StartRefusedByNode(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What the HTTP edge serves from. `enclave` is None on a node that has none."""
+    """What the HTTP edge serves from. `enclave` is None on a node that has none. `seal` is the node's own, by
+    which its certificates are known."""
 
     settings: Settings
     engine: Engine
@@ -70,6 +80,7 @@ class Service:
     clock: Clock
     internal_key: str
     fingerprint_key: bytes
+    seal: NodeSeal
     enclave: Enclave | None = None
     keys: KeyService | None = None
     warnings: tuple[str, ...] = ()
@@ -88,7 +99,11 @@ async def open_service(
 
     Raises `StartRefusedByNode`, `PresetsError` or `InventoryError` with what to change.
     """
-    with closing(_lock(settings.state_dir)), _open_journal(settings.state_dir) as journal:
+    with (
+        closing(_lock(settings.state_dir)),
+        _open_journal(settings.state_dir) as journal,
+        ExitStack() as after_all,
+    ):
         loaded = _load_presets(settings)
         instance = _instance_id(settings.state_dir)
         runtime = await _choose_runtime(settings, instance)
@@ -98,6 +113,9 @@ async def open_service(
             tiers=settings.gpu_device_difficulty,
         )
         slots = await inventory.discover()
+        if settings.enclave != "off" and (why := too_many(len(slots))) is not None:
+            raise StartRefusedByNode(why)
+        seal = _open_seal(settings)
         _own_run_dir(settings.run_dir)
         spool = _open_spool(settings, instance)
         clock, models, inputs = BootClock(), store_of(settings), Inputs(spool)
@@ -107,7 +125,7 @@ async def open_service(
             spool=spool,
         )
         # Fences grow from life to life also where the journal was lost: none begins below the wall clock.
-        node = Node(settings.rules(), first_fence=time.time_ns() // 1_000_000)
+        node = Node(settings.rules(), judge=seal.judge, first_fence=time.time_ns() // 1_000_000)
         # Before the journal says that this boot is known: a start that is refused has not noticed a reboot.
         _enter_runtime(settings.state_dir, runtime.name)
         with _refusing_to_start(settings):
@@ -120,13 +138,25 @@ async def open_service(
                 boot_id=boot_id(),
                 wall_offset=time.time() - clock.now(),
             )
+        enclave = enclave_of(
+            settings,
+            runtime.name,
+            instance,
+            settings.run_dir,
+            _docker_host(),
+            records=lambda: {slot.spec.id: slot.head for slot in node.slots},
+        )
+        folders = RunFolders(_session_folders(settings, instance))
+        scrubber, lacking = await _choose_scrubber(settings, runtime, instance, slots)
+        if scrubber is not None:
+            after_all.callback(scrubber.close)
         engine = Engine(
             node,
             journal=journal,
             spool=spool,
             streams=streams,
             runtime=runtime,
-            folders=RunFolders(_session_folders(settings, instance)),
+            folders=folders,
             inputs=inputs,
             launcher=Launcher(
                 find_preset=loaded.get,
@@ -136,10 +166,20 @@ async def open_service(
                 gpu_memory_utilization=settings.gpu_memory_utilization,
             ),
             clock=clock,
-            wash_give_up=settings.wash_give_up_seconds,
+            equipment=Equipment(
+                seal=seal,
+                residue=residue_of(
+                    runtime, folders, served_by=lambda session_id: engine.served_by(session_id)
+                ),
+                scrubber=scrubber,
+                gates=NvmlGates(settings.state_dir, clock) if scrubber is not None else None,
+                enclave=enclave,
+                step_seconds=settings.wash_step_seconds,
+                give_up=settings.wash_give_up_seconds,
+            ),
+            certificates_kept=settings.certificates_kept,
             on_broken=on_broken,
         )
-        enclave = enclave_of(settings, runtime.name, instance, settings.run_dir, _docker_host())
         keys = AwsKeyService(settings.kms_endpoint_url) if enclave is not None else None
         service = Service(
             settings=settings,
@@ -150,9 +190,10 @@ async def open_service(
             clock=clock,
             internal_key=settings.internal_api_key or _own_key(settings.state_dir),
             fingerprint_key=spool.secret()[0],
+            seal=seal,
             enclave=enclave,
             keys=keys,
-            warnings=(*runtime.warnings, *_warnings(settings)),
+            warnings=(*runtime.warnings, *_warnings(settings), *lacking),
         )
         async with models.open(), engine.running():
             _start_work(engine, inventory, settings, enclave, runtime=runtime.name, instance=instance)
@@ -210,6 +251,35 @@ def _start_work(
         engine.spawn(
             "enclave: leftover", remove_leftover(runtime, instance, settings.run_dir, _docker_host())
         )
+
+
+def _open_seal(settings: Settings) -> NodeSeal:
+    try:
+        return NodeSeal.open(
+            settings.state_dir,
+            enclave=settings.enclave != "off",
+            allow_simulated=settings.enclave == "simulated",
+        )
+    except NodeKeyUnusable as error:
+        raise StartRefusedByNode(str(error)) from error
+
+
+async def _choose_scrubber(
+    settings: Settings, runtime: ContainerRuntime, instance: str, slots: tuple[SlotSpec, ...]
+) -> tuple[GpuScrubber | None, tuple[str, ...]]:
+    """What scrubs the GPUs of this node, and a warning where it will not be able to: then no GPU gets out of
+    its wash but into quarantine."""
+    limit = settings.wash_step_seconds
+    if not any(slot.is_gpu for slot in slots):
+        return None, ()
+    if runtime.name == "process":
+        return program_process(limit=limit), ()
+    scrubber = ContainerScrubber(instance, settings.carwash_image, limit=limit, docker_host=_docker_host())
+    try:
+        missing = await scrubber.missing()
+    except WashUnreachable as error:
+        missing = str(error)
+    return scrubber, (f"no GPU can be washed: {missing}",) if missing is not None else ()
 
 
 def _docker_host() -> str | None:

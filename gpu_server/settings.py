@@ -138,7 +138,12 @@ class Settings(BaseSettings):
     disconnect_grace_seconds: Annotated[float, Field(ge=1, le=MAX_SECONDS)] = 30.0
     task_retention_seconds: Seconds = 600.0
     tombstone_retention_seconds: Seconds = 3600.0
+
+    wash_step_seconds: Seconds = 60.0
     wash_give_up_seconds: Seconds = 300.0
+    wash_same_tenant: Literal["full", "light"] = "full"
+    carwash_image: str = "gpu-server/carwash:dev"
+    certificates_kept: Annotated[int, Field(ge=1)] = 1000
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     metadata_max_depth: Annotated[int, Field(ge=1, le=200)] = 32
@@ -182,4 +187,5 @@ class Settings(BaseSettings):
             disconnect_grace=self.disconnect_grace_seconds,
             task_retention=self.task_retention_seconds,
             tombstone_retention=self.tombstone_retention_seconds,
+            light_wash=self.wash_same_tenant == "light",
         )

@@ -1,9 +1,9 @@
 """Builds the images that the demo and the tests run, on any machine with a Docker engine.
 
 Nothing is fetched during a build (it has no network): the locked wheels are downloaded on the host, and
-the build context holds them (`wheels/`), the worker SDK (`sdk/`) and the sealed path (`sealed/`) beside the
-image's own files. An image carries the hash of what it was made from, so an image that is current is left
-alone.
+the build context holds them (`wheels/`), and the worker SDK (`sdk/`) and the sealed path (`sealed/`) where an
+image has them, beside the image's own files. An image carries the hash of what it was made from, so an image
+that is current is left alone.
 """
 
 import argparse
@@ -48,6 +48,7 @@ class Image:
     base: str = BASE
     requirements: str = "requirements.txt"
     has_sdk: bool = True
+    has_sealed: bool = True
     debs: tuple[str, ...] = ()
     only_wanted: bool = False
 
@@ -60,6 +61,7 @@ IMAGES = [
     Image(name="echo", folder=ROOT / "worker_images/echo"),
     Image(name="hostile", folder=ROOT / "tests/images/hostile"),
     Image(name="enclave", folder=ROOT / "enclave_image", has_sdk=False),
+    Image(name="carwash", folder=ROOT / "worker_images/carwash", has_sdk=False, has_sealed=False),
     Image(
         name="vllm-cpu",
         folder=ROOT / "worker_images/vllm",
@@ -75,7 +77,7 @@ IMAGES = [
         only_wanted=True,
     ),
 ]
-FULL = ("echo", "hostile", "enclave", "vllm-cpu")  # what all the tests need
+FULL = ("echo", "hostile", "enclave", "carwash", "vllm-cpu")  # what all the tests need
 
 
 def chosen(wanted: str) -> list[Image]:
@@ -123,7 +125,8 @@ def stage(image: Image, context: Path) -> None:
     requirements = image.folder / image.requirements
     if not requirements.is_file():
         return
-    shutil.copytree(ROOT / "gpu_server/sealed", context / "sealed", ignore=unwanted)
+    if image.has_sealed:
+        shutil.copytree(ROOT / "gpu_server/sealed", context / "sealed", ignore=unwanted)
     if image.has_sdk:
         shutil.copytree(ROOT / "worker_images/sdk", context / "sdk", ignore=unwanted)
     shutil.copytree(wheels(image.name, requirements), context / "wheels", copy_function=link_or_copy)
@@ -200,7 +203,7 @@ def wheels(name: str, requirements: Path) -> Path:
     # pip takes these literally, so every glibc up to that of the base image (2.36) is named.
     for glibc in range(36, 4, -1):
         command += ["--platform", f"manylinux_2_{glibc}_{machine}"]
-    command += ["--platform", f"manylinux2014_{machine}"]
+    command += ["--platform", f"manylinux2014_{machine}", "--platform", f"manylinux1_{machine}"]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
         readme = requirements.with_name("README.md")

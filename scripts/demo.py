@@ -1,5 +1,6 @@
 """The main job, seen: start the service, run two tasks in one session and a one-off, kill the service in the
-middle of a stream and start it again, chat by the OpenAI interface, send a sealed request; print every event.
+middle of a stream and start it again, chat by the OpenAI interface, send a sealed request, verify the
+certificate of the wash behind it; print every event.
 
 Run it by ./scripts/demo.sh, which sets up what it needs. `--once` ends after the tasks.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import aiohttp
 from rich.console import Console
 
-from gpu_server.client import AwsDataKeys, Client, Expected, TaskEvent, open_sealed
+from gpu_server.client import AwsDataKeys, Client, Expected, SealedSession, TaskEvent, open_sealed
 from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,7 @@ async def demo(*, once: bool) -> int:
                 f"\nFirst word after: [bold]{first['first_word']:.2f} s[/] with a cold start,"
                 f" [bold green]{second['first_word']:.3f} s[/] in the warm session."
             )
-            tasks = (first, second, oneoff, killed, answered, sealed)
+            tasks = (first, second, oneoff, killed, answered, *sealed)
             failed = [task for task in tasks if task["status"] != "completed"]
             if failed:
                 console.print(f"[red]{len(failed)} of {len(tasks)} tasks did not complete[/]")
@@ -188,8 +189,9 @@ async def show_openai(served: Served) -> dict[str, Any]:
     return {"status": "completed" if completed else "failed"}
 
 
-async def show_sealed(client: Client, served: Served) -> dict[str, Any]:
-    """A request that the service cannot read. Enclave and KMS are stand-ins here, and it is said."""
+async def show_sealed(client: Client, served: Served) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A request that the service cannot read, and the wash behind it. Enclave and KMS are stand-ins here, and
+    it is said."""
     console.print("\n[bold]6. A sealed request: the service passes on what only the worker can read[/]")
     pcr0 = measured()
     console.print(f"  the client insists on PCR0 {pcr0[:16]}…, which it has from the program's own files")
@@ -207,7 +209,50 @@ async def show_sealed(client: Client, served: Served) -> dict[str, Any]:
     async with session:
         proven = "which proves nothing: for a Nitro Enclave it would be isolated-worker"
         console.print(f"  verified before anything was sealed: [bold yellow]{session.assurance}[/], {proven}")
-        return await show_events(session.submit({"prompt": "For the worker's eyes only.", "delay_ms": 30}))
+        (wash,) = session.washes
+        console.print(
+            f"  and that slot {wash.record.slot_id} was washed before: the enclave's attestation lists"
+            f" certificate {wash.record_hash.hex()[:16]}…"
+        )
+        told = await show_events(session.submit({"prompt": "For the worker's eyes only.", "delay_ms": 30}))
+    return told, await show_wash(client, session, served)
+
+
+async def show_wash(client: Client, session: SealedSession, served: Served) -> dict[str, Any]:
+    """The certificate of the wash behind a session that has ended, verified without the service."""
+    console.print(
+        "\n[bold]7. The car wash: what the session left is removed, and only a certificate frees its slot[/]"
+    )
+    began = time.monotonic()
+    (after,) = await session.certificates_after()
+    console.print(
+        f"  {time.monotonic() - began:8.3f} s  washed and certified; now offline, by the files alone:"
+    )
+    node_key = (await client.call("GET", "/health"))["node_public_key"]
+    files = []
+    for name, certificate in (("before", session.washes[0]), ("behind", after)):
+        files.append(served.folder / f"{name}.cbor")
+        files[-1].write_bytes(certificate.raw)
+    arguments = [
+        *map(str, files),
+        "--node-key",
+        node_key,
+        "--head",
+        after.record_hash.hex(),
+        "--allow-simulated",
+    ]
+    console.print("  gpu-server wash verify before.cbor behind.cbor --node-key … --head … --allow-simulated")
+    verify = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gpu_server.cli", "wash", "verify", *arguments,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await verify.communicate()
+    for line in said.decode().splitlines():
+        console.print(f"    {line}", markup=False)
+    console.print(
+        "  [bold yellow]The enclave is simulated[/], and a slot without a GPU has no memory to scrub."
+    )
+    return {"status": "completed" if verify.returncode == 0 else "failed"}
 
 
 def measured() -> str:
@@ -223,7 +268,7 @@ class Served:
 
     def __init__(self, folder: Path, kms_url: str) -> None:
         self.key, self.kms_url = secrets.token_urlsafe(24), kms_url
-        self._folder, self._log, self._port = folder, folder / "service.log", free_port()
+        self.folder, self._log, self._port = folder, folder / "service.log", free_port()
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -236,8 +281,8 @@ class Served:
             **os.environ,
             "HTTP_PORT": str(self._port),
             "INTERNAL_API_KEY": self.key,
-            "STATE_DIR": str(self._folder / "state"),
-            "RUN_DIR": str(self._folder / "run"),
+            "STATE_DIR": str(self.folder / "state"),
+            "RUN_DIR": str(self.folder / "run"),
             "MODEL_PRESETS_FILE": str(ROOT / "config" / "model_presets.yaml"),
             "LOG_LEVEL": "warning",
             "ENCLAVE": "simulated",
@@ -246,7 +291,7 @@ class Served:
         with self._log.open("ab") as log_file:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "gpu_server.cli", "serve",
-                env=environment, cwd=self._folder, stdout=log_file, stderr=log_file, start_new_session=True,
+                env=environment, cwd=self.folder, stdout=log_file, stderr=log_file, start_new_session=True,
             )  # fmt: skip
         return await until_ready(self.url, self.key, self._process, self._log)
 

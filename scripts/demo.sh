@@ -14,7 +14,8 @@ obstacle=
 if [[ ${RUNTIME:-} != process ]]; then
     if ! docker_available; then
         obstacle="no Docker engine answers"
-    elif ! .venv/bin/python scripts/build_images.py echo || ! .venv/bin/python scripts/build_images.py enclave; then
+    elif ! .venv/bin/python scripts/build_images.py echo || ! .venv/bin/python scripts/build_images.py enclave ||
+        { [[ -e /dev/nvidiactl ]] && ! .venv/bin/python scripts/build_images.py carwash; }; then
         obstacle="the images could not be built (see above)"
     else
         export RUNTIME=docker

@@ -32,6 +32,7 @@ from gpu_server.sealed.request import RequestSealer
 from gpu_server.sealed.response import ResponseSealer
 from scripts.attestation_vectors import attestation
 from scripts.canonical_vectors import canonical, shown
+from scripts.certificate_vectors import certificates
 
 ARN = "arn:aws:kms:eu-central-1:123456789012:key/0b4a3c1e-7d7c-4a6f-9a1e-2f5d1c3b4a59"
 REQUEST_ID = "01JD3ZK7Q9W4R8T2Y6"
@@ -344,6 +345,7 @@ def delivery() -> dict[str, Any]:
 VECTORS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "attestation.json": attestation,
     "canonical.json": canonical,
+    "certificates.json": certificates,
     "grant.json": grant,
     "request.json": request,
     "response.json": response,

@@ -231,7 +231,7 @@ def test_big_images_are_built_when_they_are_asked_for() -> None:
     """The demo and the quick tests need none of them, all the tests that of the CPU."""
     script = build_images()
     names = {wanted: [image.name for image in script.chosen(wanted)] for wanted in ("all", "full", "vllm")}
-    small = ["echo", "hostile", "enclave"]
+    small = ["echo", "hostile", "enclave", "carwash"]
     assert names == {"all": small, "full": [*small, "vllm-cpu"], "vllm": ["vllm"]}
     for image in script.IMAGES:
         dockerfile = (image.folder / image.dockerfile).read_text()
@@ -251,7 +251,9 @@ def test_both_vllm_images_have_one_version() -> None:
     assert {one or other for one, other in named} == {version}
 
 
-@pytest.mark.parametrize("folder", ["worker_images/echo", "worker_images/vllm", "enclave_image"])
+@pytest.mark.parametrize(
+    "folder", ["worker_images/carwash", "worker_images/echo", "worker_images/vllm", "enclave_image"]
+)
 def test_wheels_of_images_are_locked(folder: str) -> None:
     """By version and hash, from wherever the machine that builds takes them."""
     text = (ROOT / folder / "requirements.txt").read_text()

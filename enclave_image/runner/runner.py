@@ -1,10 +1,12 @@
 """Holds one Nitro Enclave: starts it, watches it, ends it on SIGTERM. The enclave lives as long as this does.
 
 The first process of the runner's container. Only Python's standard library, from 3.9 on (Amazon Linux 2023).
-Each line on stdout is a JSON object with an `event`: starting, retry, running, ended, terminated, failed.
+Each line on stdout is a JSON object with an `event`: starting, retry, running, ended, terminated,
+terminate_failed, not_gone, failed.
 
-Exit status: 0 terminated on SIGTERM; 70 the enclave ended by itself; 71 nitro-cli cannot be used; else the
-number of nitro-cli's error (E22 is 22), see https://docs.aws.amazon.com/enclaves/latest/user/cli-errors.html.
+Exit status: 0 terminated on SIGTERM; 70 the enclave ended by itself (in both cases describe-enclaves does not
+list it any more); 71 nitro-cli cannot be used; 72 the enclave was not seen gone; else the number of the error
+of nitro-cli (E22 is 22), see https://docs.aws.amazon.com/enclaves/latest/user/cli-errors.html.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 ENDED = 70
 UNUSABLE = 71
+NOT_SEEN_GONE = 72
 
 AGAIN = "E29"
 """The driver is not done with an enclave that has just ended; some seconds later it is."""
 TRIES = 6
 DESCRIBE_FAILURES = 5
+GONE_SECONDS = 8.0
+"""So long an enclave that was terminated may be listed; whoever sent SIGTERM waits a little longer."""
+GONE_POLL_SECONDS = 0.1
 CLI_SECONDS = 180.0
 """For one call. nitro-cli itself waits for an enclave to boot, and then says E36."""
 
@@ -117,23 +124,49 @@ class Runner:
         failures = 0
         while not self._stopping.wait(self._options.poll):
             try:
-                listed = nitro_cli(self._options.nitro_cli, "describe-enclaves")
+                states = self._states_of(enclave)
                 failures = 0
             except CliFailed:
                 failures += 1
                 if failures >= DESCRIBE_FAILURES:
                     return
                 continue
-            states = [found.get("State") for found in listed if found.get("EnclaveID") == enclave]
             if states != ["RUNNING"]:
                 return
 
-    def end(self, enclave: str) -> None:
-        """Terminate the enclave, if it is still there. Raises nothing: the container's end ends it too."""
+    def end(self, enclave: str) -> bool:
+        """Terminate the enclave, if it is still there, and see it gone; False where that is not seen in time.
+        Raises nothing: the container's end ends it too."""
+        until = time.monotonic() + self._options.gone
+        terminated, told = False, ""
+        while True:
+            try:
+                if not terminated:
+                    nitro_cli(self._options.nitro_cli, "terminate-enclave", "--enclave-id", enclave)
+                terminated = True
+            except CliFailed as error:
+                if str(error) != told:
+                    tell("terminate_failed", code=error.code, message=str(error))
+                told = str(error)
+            try:
+                states = self._states_of(enclave)
+                if not states:
+                    return True
+                why = f"it is listed as {states[0]}"
+            except CliFailed as error:
+                why = str(error)
+            if time.monotonic() >= until:
+                tell("not_gone", enclave=enclave, message=f"the enclave was not seen gone: {why}")
+                return False
+            threading.Event().wait(GONE_POLL_SECONDS)
+
+    def _states_of(self, enclave: str) -> list[str]:
+        """Its state, or none where it is not listed. Raises `CliFailed`."""
+        listed = nitro_cli(self._options.nitro_cli, "describe-enclaves")
         try:
-            nitro_cli(self._options.nitro_cli, "terminate-enclave", "--enclave-id", enclave)
-        except CliFailed as error:
-            tell("terminate_failed", code=error.code, message=str(error))
+            return [str(found["State"]) for found in listed if found["EnclaveID"] == enclave]
+        except (KeyError, TypeError):
+            raise CliFailed("", "describe-enclaves did not print a list of enclaves") from None
 
     def run(self) -> int:
         """The life of one enclave; the exit status."""
@@ -145,7 +178,8 @@ class Runner:
             return error.status
         tell("running", enclave=enclave, cid=self._options.cid)
         self.watch(enclave)
-        self.end(enclave)
+        if not self.end(enclave):
+            return NOT_SEEN_GONE
         if self._stopping.is_set():
             tell("terminated", enclave=enclave, message="terminated as asked")
             return 0
@@ -162,6 +196,7 @@ def main() -> int:
     parser.add_argument("--cid", type=int, required=True, help="the enclave's vsock address, from 4 on")
     parser.add_argument("--nitro-cli", default="nitro-cli", help="the program")
     parser.add_argument("--poll", type=float, default=2.0, help="seconds between two looks at the enclave")
+    parser.add_argument("--gone", type=float, default=GONE_SECONDS, help="seconds to see it gone at the end")
     parser.add_argument("--backoff", type=float, default=1.0, help="seconds before the first new try")
     options = parser.parse_args()
     stopping = threading.Event()

@@ -7,7 +7,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from gpu_server.api.auth import MaybeTenant, TheService
-from gpu_server.core.slots import Slot, SlotState
+from gpu_server.api.views import rfc3339, unix_time
+from gpu_server.core.slots import NO_CERTIFICATE, Slot, SlotState
 from gpu_server.service import Service
 
 router = APIRouter(tags=["health"])
@@ -20,8 +21,18 @@ class HolderView(BaseModel):
     task_ids: list[str]
 
 
+class WashingView(BaseModel):
+    """A wash under way: since when, the steps that it is at (of those in docs/carwash.md; then `certificate`,
+    and `disk`), and why one of them is tried again."""
+
+    since: str
+    steps: list[str]
+    reason: str | None
+
+
 class SlotView(BaseModel):
-    """One slot. `held_by` is shown to the holder's own tenant only."""
+    """One slot. `held_by` is shown to the holder's own tenant only. `certificate` is the hash of its newest
+    wash record, in hex; null before its first."""
 
     id: str
     uuid: str
@@ -33,6 +44,8 @@ class SlotView(BaseModel):
     memory_total_mb: int
     memory_used_mb: int | None
     held_by: HolderView | None
+    wash: WashingView | None
+    certificate: str | None
 
 
 class EnclaveView(BaseModel):
@@ -46,11 +59,13 @@ class EnclaveView(BaseModel):
 
 
 class Health(BaseModel):
-    """`enclave_healthy` and `enclave` are null on a node without an enclave."""
+    """`enclave_healthy` and `enclave` are null on a node without an enclave. `node_public_key`, in hex, is
+    that of the key which signs certificates of washes (Ed25519)."""
 
     status: str
     ready: bool
     runtime: str
+    node_public_key: str
     enclave_healthy: bool | None
     enclave: EnclaveView | None
     gpu_healthy: bool
@@ -76,14 +91,17 @@ def _report(service: Service, tenant: str | None) -> Health:
     live = list(node.live_sessions())
     slots = list(node.slots)
     usable = [s for s in slots if s.state is not SlotState.QUARANTINED and not (s.fault or s.doubt)]
-    washed = [s for s in usable if s.state is not SlotState.WASHING or s.fence]  # 0 is the wash at start
+    # Once a wash of this life has passed, slots that are being washed are a busy node's.
+    washed = engine.counts.washes_passed or any(s.state is not SlotState.WASHING for s in usable)
     enclave = _enclave_view(service, in_full=tenant is not None)
     if engine.broken is not None:
         status = "failed"
     elif node.shutting_down or engine.handed_over:
         status = "stopping"
+    elif not usable:
+        status = "unhealthy"
     elif not washed:
-        status = "starting" if usable else "unhealthy"
+        status = "starting"
     elif engine.storage_doubt is not None:
         status = "unhealthy"  # what runs is served, and nothing new is taken
     else:
@@ -97,6 +115,7 @@ def _report(service: Service, tenant: str | None) -> Health:
         status=status,
         ready=status in ("ok", "degraded"),
         runtime=service.runtime.name,
+        node_public_key=service.seal.public_key.hex(),
         enclave_healthy=enclave.healthy if enclave is not None else None,
         enclave=enclave,
         gpu_healthy=bool(slots) and len(usable) == len(slots),
@@ -141,4 +160,17 @@ def slot_view(service: Service, slot: Slot, *, tenant: str | None, in_full: bool
         held_by=HolderView(session_id=session.id, task_ids=[*session.busy, *session.queue])
         if session is not None and mine
         else None,
+        wash=_washing_view(service, slot, in_full=in_full),
+        certificate=slot.head.hex() if slot.head != NO_CERTIFICATE else None,
+    )
+
+
+def _washing_view(service: Service, slot: Slot, *, in_full: bool) -> WashingView | None:
+    washing = service.engine.washing.get(slot.spec.id)
+    if washing is None or slot.state is not SlotState.WASHING:
+        return None
+    return WashingView(
+        since=rfc3339(unix_time(service, washing.since)),
+        steps=list(washing.steps),
+        reason=washing.reason if in_full or washing.reason is None else _HIDDEN,
     )

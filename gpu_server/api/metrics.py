@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
@@ -22,7 +28,9 @@ from pydantic import BaseModel
 from gpu_server.api.auth import Tenant, TheService
 from gpu_server.core.sessions import SessionState, TaskState
 from gpu_server.core.slots import SlotState
+from gpu_server.counts import BUCKETS, TOTAL, Counts
 from gpu_server.drivers.blocking import call_in_thread
+from gpu_server.sealed.wash import STEPS
 from gpu_server.service import Service
 
 router = APIRouter(tags=["health"])
@@ -75,11 +83,22 @@ class ModelStats(BaseModel):
     models: dict[str, OneModelStats]
 
 
+class WashStats(BaseModel):
+    """Washes since the start of the service. `failed` are those that led into quarantine, by the step that
+    did not pass; `avg_seconds` is that of a whole wash that passed, null before the first."""
+
+    passed: int
+    failed: dict[str, int]
+    avg_seconds: float | None
+    quarantined_slots: int
+
+
 class Metrics(BaseModel):
     """The figures of this node."""
 
     gpu_stats: GpuStats
     model_stats: ModelStats
+    wash_stats: WashStats
     enclave_connected: bool
 
 
@@ -103,6 +122,7 @@ async def _report(service: Service) -> Metrics:
     return Metrics(
         gpu_stats=_gpu_stats(service),
         model_stats=await _model_stats(service),
+        wash_stats=_wash_stats(service),
         enclave_connected=enclave is not None and enclave.health.healthy,
     )
 
@@ -151,6 +171,17 @@ async def _model_stats(service: Service) -> ModelStats:
             )
             for model_id in sorted({*loads, *loaded})
         },
+    )
+
+
+def _wash_stats(service: Service) -> WashStats:
+    counts = service.engine.counts
+    total = counts.wash_seconds.get(TOTAL)
+    return WashStats(
+        passed=counts.washes_passed,
+        failed=dict(sorted(counts.washes_failed.items())),
+        avg_seconds=total.sum / total.total if total and total.total else None,
+        quarantined_slots=sum(s.state is SlotState.QUARANTINED for s in service.engine.node.slots),
     )
 
 
@@ -212,6 +243,7 @@ class _OfNode(Collector):
         )
         seconds.add_metric([], engine.counts.run_seconds)
         yield seconds
+        yield from _wash_families(engine.counts)
         up = GaugeMetricFamily("gpu_server_enclave_up", "Whether the enclave answers; 0 where there is none.")
         up.add_metric([], enclave is not None and enclave.health.healthy)
         yield up
@@ -226,3 +258,26 @@ class _OfNode(Collector):
         for outcome, count in sorted(self._service.opening.outcomes.items()):
             grants.add_metric([outcome], count)
         yield grants
+
+
+def _wash_families(counts: Counts) -> Iterator[Metric]:
+    passed = CounterMetricFamily("gpu_server_washes_passed", "Washes of a slot that freed it.")
+    passed.add_metric([], counts.washes_passed)
+    yield passed
+    failed = CounterMetricFamily(
+        "gpu_server_washes_failed",
+        "Washes of a slot that led into quarantine, by the step that did not pass.",
+        labels=["step"],
+    )
+    for step in dict.fromkeys((*STEPS, *sorted(counts.washes_failed))):
+        failed.add_metric([step], counts.washes_failed[step])
+    yield failed
+    seconds = HistogramMetricFamily(
+        "gpu_server_wash_seconds",
+        f"Time of steps of washes that passed; `{TOTAL}` is from the order to a slot that is free.",
+        labels=["step"],
+    )
+    for step, durations in sorted(counts.wash_seconds.items()):
+        bounds, so_far = [*map(str, BUCKETS), "+Inf"], accumulate(durations.counts)
+        seconds.add_metric([step], list(zip(bounds, so_far, strict=True)), durations.sum)
+    yield seconds

@@ -54,6 +54,7 @@ STATUS: Mapping[RefusalCode, int] = {
     RefusalCode.OPERATOR_ONLY: 403,
     RefusalCode.SLOT_NOT_FOUND: 404,
     RefusalCode.SLOT_NOT_QUARANTINED: 409,
+    RefusalCode.CERTIFICATE_NOT_FOUND: 404,
     RefusalCode.NOT_FOUND: 404,
     RefusalCode.METHOD_NOT_ALLOWED: 405,
     RefusalCode.SHUTTING_DOWN: 503,

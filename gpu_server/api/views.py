@@ -32,7 +32,12 @@ class QueueView(BaseModel):
 
 class SessionView(BaseModel):
     """`pool`, `kms_key_arn` and `worker_key` (base64, null until the worker has shown it) are those of a
-    sealed session, and null for any other."""
+    sealed session, and null for any other.
+
+    `fence` is that of its lease, 0 before it. `washed_before` are the newest wash records of its slots when
+    it got them, in the order of `gpu_ids`, and `washed_after` those of the washes behind it, as they were
+    made: hashes in hex, for `GET /api/certificates/{hash}`.
+    """
 
     session_id: str
     tenant: str
@@ -46,6 +51,9 @@ class SessionView(BaseModel):
     kms_key_arn: str | None
     worker_key: str | None
     gpu_ids: list[str]
+    fence: int
+    washed_before: list[str]
+    washed_after: list[str]
     container_id: str | None
     created_at: str
     closed_at: str | None
@@ -96,6 +104,9 @@ def session_view(service: Service, session: Session, *, log_tail: bool = True) -
         kms_key_arn=session.sealing.kms_key_arn if session.sealing else None,
         worker_key=session.worker_key,
         gpu_ids=list(session.slot_ids),
+        fence=session.fence,
+        washed_before=list(session.washed_before),
+        washed_after=list(session.washed_after),
         container_id=session.container_id,
         created_at=at.time(session.created_at),
         closed_at=at.maybe(session.closed_at),
@@ -139,6 +150,11 @@ def unix_time(service: Service, when: float) -> float:
     return when + time.time() - service.clock.now()
 
 
+def rfc3339(seconds: float) -> str:
+    """Seconds since 1970 as RFC 3339 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
 def _error(failure: Failure | None) -> ErrorView | None:
     return ErrorView(code=failure.code, message=failure.message) if failure else None
 
@@ -150,7 +166,7 @@ class _Wall:
         self._offset = unix_time(service, 0.0)
 
     def time(self, when: float) -> str:
-        return datetime.fromtimestamp(when + self._offset, UTC).isoformat(timespec="milliseconds")
+        return rfc3339(when + self._offset)
 
     def maybe(self, when: float | None) -> str | None:
         return None if when is None else self.time(when)

@@ -11,6 +11,7 @@ from gpu_server.client.sealed_stream import SealedStreamBroken
 from gpu_server.client.service import Client, Refused
 from gpu_server.client.sync import SyncClient, SyncSealedSession
 from gpu_server.client.waiting import OpenTimeout
+from gpu_server.client.washes import WashNotProven
 from gpu_server.sealed.errors import AttestationRefused, Malformed, SealedError
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SyncSealedSession",
     "TaskEvent",
     "Unreadable",
+    "WashNotProven",
     "open_sealed",
     "read_events",
 ]

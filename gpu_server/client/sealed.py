@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, Self
 from uuid import uuid4
 
@@ -26,16 +27,19 @@ from gpu_server.client.measurements import Expected
 from gpu_server.client.sealed_stream import SealedStream
 from gpu_server.client.service import Client, Refused
 from gpu_server.client.waiting import OnWait, Waiting
+from gpu_server.client.washes import NODE_KEY_BYTES, Judge, Lease
 from gpu_server.sealed import attestation
 from gpu_server.sealed.attestation import Attestation
 from gpu_server.sealed.errors import AttestationRefused, Malformed, SealedError
 from gpu_server.sealed.grant import Binding
 from gpu_server.sealed.names import check_name, region_of
 from gpu_server.sealed.request import RequestSealer
+from gpu_server.sealed.wash import Verified
 
 OPEN_SECONDS: Final = 1800.0
 TROUBLE_SECONDS: Final = 60.0
 END_SECONDS: Final = 10.0
+WASH_SECONDS: Final = 120.0
 LOOK_SECONDS: Final = 0.5
 NONCE_BYTES: Final = 32
 WORKER_KEY_BYTES: Final = 32
@@ -70,6 +74,8 @@ async def open_sealed(
     keys: DataKeys | None = None,
     allow_simulated: bool = False,
     keep: bool = False,
+    check_washes: bool = True,
+    node_key: bytes | None = None,
     open_seconds: float = OPEN_SECONDS,
     trouble_seconds: float = TROUBLE_SECONDS,
     on_wait: OnWait | None = None,
@@ -81,12 +87,16 @@ async def open_sealed(
     too, which protects nothing, and `SealedSession.assurance` says which it is. `tenant`, like that of the
     client, must be who the service takes this client for.
 
+    With `check_washes` each of the session's slots must have a certificate of a full wash before its lease,
+    which the enclave's document lists, all of one node: `node_key`, its Ed25519 public key, where that is
+    given.
+
     A slot, and the worker in it, are waited for; an enclave or a key service that is away only for
     `trouble_seconds`, because the session holds its slot meanwhile. `on_wait` is called with each reason to
     wait, once; its words are the service's.
 
-    Raises ValueError, `Refused`, `SessionEnded`, `OpenRefused`, `AttestationRefused`, `Malformed`,
-    `DataKeyFailed`, `aiohttp.ClientError`, and `OpenTimeout` after `open_seconds`.
+    Raises ValueError, `Refused`, `SessionEnded`, `OpenRefused`, `AttestationRefused`, `WashNotProven`,
+    `Malformed`, `DataKeyFailed`, `aiohttp.ClientError`, and `OpenTimeout` after `open_seconds`.
     """
     by_model = model_id is not None
     if by_model != (task_preset is not None) or not (by_model or pool or session_id):
@@ -98,6 +108,8 @@ async def open_sealed(
     expect = expect or Expected()
     if not expect.names_a_program and not allow_simulated:
         raise ValueError("expect PCR0 or PCR8: without either any enclave would do")
+    if node_key is not None and len(node_key) != NODE_KEY_BYTES:
+        raise ValueError(f"a node's key has {NODE_KEY_BYTES} bytes")
     region_of(kms_key_arn)
     wanted = {
         "pool": pool,
@@ -113,6 +125,8 @@ async def open_sealed(
         expect=expect,
         allow_simulated=allow_simulated,
         keys=keys or AwsDataKeys(),
+        check_washes=check_washes,
+        node_key=node_key,
         seconds=open_seconds,
         trouble_seconds=trouble_seconds,
         on_wait=on_wait,
@@ -170,6 +184,12 @@ class SealedSession:
         """What this client has verified itself, never what an answer claims."""
         return "simulated" if self.attestation.simulated else "isolated-worker"
 
+    @property
+    def washes(self) -> tuple[Verified, ...]:
+        """The certificates of the washes before this session, verified, in the order of its slots; none where
+        they were not to be checked."""
+        return self._opened.washes
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -214,6 +234,20 @@ class SealedSession:
         async with waiting.limit():
             self._opened = await _challenge(self._client, self._asked, waiting, self._terms)
 
+    async def certificates_after(self, seconds: float = WASH_SECONDS) -> tuple[Verified, ...]:
+        """The certificates of the washes behind it, verified, once it has ended and each slot has one. They
+        follow those of `washes`, and their enclave is another one than the session's.
+
+        Raises `WashNotProven`, with the reason missing after `seconds`; `Refused`, and `aiohttp.ClientError`
+        or TimeoutError when the service cannot be reached (again).
+        """
+        lease = self._terms.lease
+        if lease is None:
+            found = await self._client.call_once("GET", f"/api/sessions/{self.session_id}")
+            lease = Lease.of(self.session_id, found)
+        judge = self._asked.judge(self.attestation)
+        return await judge.after(self._client, lease, self.washes, seconds=seconds)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
@@ -225,6 +259,8 @@ class _Asked:
     expect: Expected
     allow_simulated: bool
     keys: DataKeys
+    check_washes: bool
+    node_key: bytes | None
     seconds: float
     trouble_seconds: float
     on_wait: OnWait | None
@@ -232,6 +268,10 @@ class _Asked:
     def waiting(self) -> Waiting:
         """For one opening."""
         return Waiting(self.seconds, self.trouble_seconds, self.on_wait)
+
+    def judge(self, attestation: Attestation) -> Judge:
+        """For the certificates of washes."""
+        return Judge(node_key=self.node_key, expect=self.expect, attestation=attestation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +283,8 @@ class _Terms:
     kms_key_arn: str
     session_id: str
     worker_key: bytes
+    lease: Lease | None
+    """None where washes are not to be checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +292,7 @@ class _Opened:
     binding: Binding
     document: bytes = field(repr=False)
     attestation: Attestation
+    washes: tuple[Verified, ...]
     psk: bytes = field(repr=False)
 
 
@@ -269,6 +312,7 @@ async def _open(
         kms_key_arn=_text(found, "kms_key_arn"),
         session_id=session_id,
         worker_key=_bytes(found, "worker_key", WORKER_KEY_BYTES),
+        lease=Lease.of(session_id, found) if asked.check_washes else None,
     )
     for what, is_, wanted in (
         ("session_id", found.get("session_id"), session_id),
@@ -309,10 +353,11 @@ async def _challenge(client: Client, asked: _Asked, waiting: Waiting, terms: _Te
     """Have the enclave attest itself, and hand the data key to the worker. Nothing is sealed before this."""
     data_key = await asked.keys.generate(terms.kms_key_arn, {"tenant": terms.tenant, "pool": terms.pool})
     nonce = os.urandom(NONCE_BYTES)
-    answer = await _ask_to_open(
+    answer = await _ask_again(
         client,
         waiting,
-        terms.session_id,
+        "POST",
+        f"/api/sessions/{terms.session_id}/open",
         {"nonce": b64encode(nonce).decode(), "wrapped_key": b64encode(data_key.wrapped).decode()},
     )
     document = _bytes(answer, "document")
@@ -323,6 +368,10 @@ async def _challenge(client: Client, asked: _Asked, waiting: Waiting, terms: _Te
     if _bytes(answer, "worker_key", WORKER_KEY_BYTES) != terms.worker_key:
         raise OpenRefused("the session's worker has another key than it had before")
     _check_slots(answer, verified)
+    washes: tuple[Verified, ...] = ()
+    if terms.lease is not None:
+        get = partial(_ask_again, client, waiting, "GET")
+        washes = await asked.judge(verified).before(get, terms.lease)
     # What follows is the document's or this client's own; `epoch` and `mode` of the answer are not looked at.
     binding = Binding(
         tenant=terms.tenant,
@@ -334,17 +383,17 @@ async def _challenge(client: Client, asked: _Asked, waiting: Waiting, terms: _Te
         wrapped_key=data_key.wrapped,
     )
     psk = binding.psk(data_key.plaintext)
-    return _Opened(binding=binding, document=document, attestation=verified, psk=psk)
+    return _Opened(binding=binding, document=document, attestation=verified, washes=washes, psk=psk)
 
 
-async def _ask_to_open(
-    client: Client, waiting: Waiting, session_id: str, body: Mapping[str, str]
+async def _ask_again(
+    client: Client, waiting: Waiting, method: str, path: str, body: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """`POST .../open`, again while what it needs is not there yet."""
+    """One request, again while what it needs is not there yet."""
     refusals = waiting.refusals(client)
     while True:
         try:
-            return await client.call_once("POST", f"/api/sessions/{session_id}/open", body)
+            return await client.call_once(method, path, body)
         except Refused as refused:
             await refusals.wait_out(refused)
 

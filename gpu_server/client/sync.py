@@ -14,9 +14,10 @@ from contextlib import aclosing
 from typing import Any, Final, Self, TypeVar
 
 from gpu_server.client.events import TaskEvent
-from gpu_server.client.sealed import Assurance, SealedSession, open_sealed
+from gpu_server.client.sealed import WASH_SECONDS, Assurance, SealedSession, open_sealed
 from gpu_server.client.service import Client
 from gpu_server.sealed.attestation import Attestation
+from gpu_server.sealed.wash import Verified
 
 T = TypeVar("T")
 READ_AHEAD: Final = 256
@@ -98,6 +99,11 @@ class SyncSealedSession:
         """What this client has verified itself, never what an answer claims."""
         return self._session.assurance
 
+    @property
+    def washes(self) -> tuple[Verified, ...]:
+        """As `SealedSession.washes`."""
+        return self._session.washes
+
     def submit(self, metadata: Mapping[str, Any]) -> Iterator[TaskEvent]:
         """As `SealedSession.submit`."""
         return self._loop.iterate(self._session.submit(metadata))
@@ -105,6 +111,10 @@ class SyncSealedSession:
     def reopen(self) -> None:
         """As `SealedSession.reopen`."""
         self._loop.run(self._session.reopen())
+
+    def certificates_after(self, seconds: float = WASH_SECONDS) -> tuple[Verified, ...]:
+        """As `SealedSession.certificates_after`."""
+        return self._loop.run(self._session.certificates_after(seconds))
 
 
 class _Loop:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.events import SessionRequested, TaskSubmitted
 from gpu_server.core.sessions import Grant, RequestKey, SealedUse, Session, Task, TaskType, Workload
-from gpu_server.core.slots import Tier
+from gpu_server.core.slots import Need, Tier
 
 if TYPE_CHECKING:
     from gpu_server.core.node import Node
@@ -103,6 +103,12 @@ def _require_open_to_tasks(node: Node, session: Session) -> None:
             f"session {session.id} has taken {session.sealed_tasks} sealed tasks, which is the most",
             session_id=session.id,
         )
+    if session.workload.wash_per_task and session.tasks_taken:
+        raise Refusal(
+            RefusalCode.SESSION_CLOSED,
+            f"session {session.id} takes one task: its preset washes after every task",
+            session_id=session.id,
+        )
 
 
 def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
@@ -117,7 +123,7 @@ def admit_task(node: Node, event: TaskSubmitted) -> Session | None:
                 f"preset {event.workload.task_preset} of {event.workload.model_id} has the exec contract,"
                 " which serves one-off tasks only",
             )
-        _admit_to_line(node, event.workload, event.tier)
+        _admit_to_line(node, event.workload.need(event.tier or Tier.LOW, event.tenant, sealed=False))
         return None
     session = owned_session(node, event.session_id, event.tenant)
     _require_open_to_tasks(node, session)
@@ -183,7 +189,8 @@ def admit_session(node: Node, event: SessionRequested) -> None:
             RefusalCode.SEALED_NOT_SUPPORTED,
             f"preset {event.workload.task_preset} of {event.workload.model_id} takes no sealed requests",
         )
-    _admit_to_line(node, event.workload, event.tier)
+    sealed = event.sealing is not None
+    _admit_to_line(node, event.workload.need(event.tier or Tier.LOW, event.tenant, sealed=sealed))
 
 
 def _sealed_required(workload: Workload) -> Refusal:
@@ -199,16 +206,16 @@ def _refuse_when_shutting_down(node: Node) -> None:
         raise Refusal(RefusalCode.SHUTTING_DOWN, "the service is shutting down", retry_after=30)
 
 
-def _admit_to_line(node: Node, workload: Workload, asked: Tier | None) -> None:
+def _admit_to_line(node: Node, need: Need) -> None:
     """A new session must be able to start some day, and now if nobody is allowed to wait."""
-    tier, rules = asked or Tier.LOW, node.rules
-    if node.slots.serving(tier) < workload.gpus:
+    tier, rules = need.tier, node.rules
+    if node.slots.serving(tier) < need.count:
         raise Refusal(
             RefusalCode.NO_SUCH_CAPACITY,
-            f"the preset needs {workload.gpus} slot(s) that serve difficulty {tier};"
+            f"the preset needs {need.count} slot(s) that serve difficulty {tier};"
             f" this node has {node.slots.serving(tier)}",
         )
-    if node.runtime_doubt is None and node.line.could_start(workload.gpus, tier, node.slots):
+    if node.runtime_doubt is None and node.line.could_start(need, node.slots):
         return
     if rules.gpu_wait_max <= 0 and node.runtime_doubt is not None:
         message = f"no session can be started now: {node.runtime_doubt}"

@@ -3,12 +3,13 @@
 Nothing of what was under way is written down but the state itself; what follows from it is decided anew:
 
  1. Slots keep their leases and their quarantine as long as their device is there.
- 2. A session that was being torn down is washed again: a wash that nobody saw the end of never counts.
+ 2. A session that was being torn down is washed again, and so are the slots that one which has closed has
+    left in their wash: a wash that nobody saw the end of never counts.
  3. A session that lost a slot, or the machine under it, ends.
  4. Every other session with a container is adopted, its running tasks followed further, cancelled ones
     cancelled again. Their deadlines have kept running; what may have ended in time meanwhile gets a moment.
  5. Those who wait still wait, in their order.
- 6. Every slot that nobody holds is washed before it is leased again.
+ 6. Every slot that nobody holds is washed before it is leased again. Every wash ordered now is a full one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from gpu_server.core import effects as fx
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.events import NodeStarted
 from gpu_server.core.sessions import CloseReason, Session, SessionState
-from gpu_server.core.slots import SlotSpec, SlotState
+from gpu_server.core.slots import SlotSpec
 from gpu_server.core.timers import Alarm
+from gpu_server.core.washing import begin_to_wash, look_ahead, wash_again
 
 if TYPE_CHECKING:
     from gpu_server.core.node import Node
@@ -28,16 +30,17 @@ if TYPE_CHECKING:
 
 def adopt(node: Node, event: NodeStarted, now: float) -> None:
     """Take the state up again. The numbers are those of the list above."""
+    node._adopting = True
     gone = _take_devices(node, event.slots)  # 1
-    washed = _begin_to_wash(node)  # 6, first of all: where one session ends another must not start on them
+    washed = begin_to_wash(node)  # 6, first of all: where one session ends another must not start on them
     for task in node.tasks.values():
         node._await_reader(task, now)
     for session in list(node.live_sessions()):
         if session.tearing_down:
-            _wash_again(node, session)  # 2
+            node._out.append(wash_again(node, session))  # 2
             continue
         lost = gone.intersection(session.slot_ids)
-        session.slot_ids = tuple(slot_id for slot_id in session.slot_ids if slot_id not in lost)
+        _keep_only(session, set(session.slot_ids) - lost)
         if event.rebooted:
             node._end(session, CloseReason.NODE_RESTARTED, _REBOOTED, now)  # 3
         elif lost:
@@ -45,7 +48,9 @@ def adopt(node: Node, event: NodeStarted, now: float) -> None:
         elif session.state is not SessionState.WAITING:
             _take_up(node, session, now)  # 4
     node._tell_positions(node.line)  # 5
-    node._out.append(fx.WashSlots(session_id=None, fence=0, slot_ids=washed, grace=0.0))  # 6
+    node._out += washed  # 6
+    node._adopting = False
+    look_ahead(node)
 
 
 def _take_devices(node: Node, specs: tuple[SlotSpec, ...]) -> set[str]:
@@ -66,11 +71,10 @@ def _take_devices(node: Node, specs: tuple[SlotSpec, ...]) -> set[str]:
     return gone
 
 
-def _wash_again(node: Node, session: Session) -> None:
-    """Of its slots, those that it still holds: others have been freed, or locked away, already."""
-    held = tuple(s for s in session.slot_ids if s in node.slots and node.slots[s].holder == session.id)
-    grace = node.rules.stop_grace
-    node._out.append(fx.WashSlots(session_id=session.id, fence=session.fence, slot_ids=held, grace=grace))
+def _keep_only(session: Session, slot_ids: set[str]) -> None:
+    before = zip(session.slot_ids, session.washed_before, strict=True)
+    session.washed_before = tuple(head for slot_id, head in before if slot_id in slot_ids)
+    session.slot_ids = tuple(slot_id for slot_id in session.slot_ids if slot_id in slot_ids)
 
 
 def _take_up(node: Node, session: Session, now: float) -> None:
@@ -94,18 +98,6 @@ def _no_sooner(node: Node, alarm: Alarm, entity_id: str, when: float) -> None:
     due = node._timers.get(alarm, entity_id)
     if due is not None and due < when:
         node._set_alarm(alarm, entity_id, when)
-
-
-def _begin_to_wash(node: Node) -> tuple[str, ...]:
-    """The slots that nobody holds, and that are not locked away."""
-    washed = []
-    for slot in node.slots:
-        holder = node.sessions.get(slot.holder or "")
-        held = holder is not None and not holder.ended
-        if slot.state is not SlotState.QUARANTINED and not held:
-            node.slots.begin_wash(slot.spec.id)
-            washed.append(slot.spec.id)
-    return tuple(washed)
 
 
 def _slot_lost(slot_ids: set[str]) -> Failure:

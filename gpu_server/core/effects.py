@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_server.core.sessions import TaskState
+from gpu_server.core.slots import WashTier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +63,35 @@ class CancelTask(Effect):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WashSlots(Effect):
-    """Take down the session's container (SIGTERM, `grace` seconds, SIGKILL), verify, certify: ContainerGone,
-    then WashPassed for each slot, or WashFailed. `session_id` None washes what a former life left."""
+    """Take down the session's container (SIGTERM, `grace` seconds, SIGKILL), wash, certify: ContainerGone,
+    then CertificateIssued or WashFailed for each slot. `session_id` None: no lease has ended here.
+
+    `prevs` are what the slots' certificates must name as their predecessors, in the order of `slot_ids`.
+    `tenant` is the session's."""
 
     session_id: str | None
     fence: int
     slot_ids: tuple[str, ...]
     grace: float
+    tier: WashTier
+    prevs: tuple[bytes, ...]
+    tenant: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecureCertificate(Effect):
+    """Force the journal to the disk, this certificate in it, however long that takes: CertificateSecured."""
+
+    slot_id: str
+    certificate_hash: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchModel(Effect):
+    """The session will start when washes that are under way have ended: fetch its public weights meanwhile.
+    Nothing comes of it."""
+
+    session_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ class RefusalCode(StrEnum):
     OPERATOR_ONLY = "operator_only"
     SLOT_NOT_FOUND = "slot_not_found"
     SLOT_NOT_QUARANTINED = "slot_not_quarantined"
+    CERTIFICATE_NOT_FOUND = "certificate_not_found"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     RUNTIME_UNREACHABLE = "runtime_unreachable"
@@ -136,7 +137,12 @@ class ImpossibleTransition(Exception):
 
 
 class CertificateRejected(Exception):
-    """A certificate was offered that is not for the wash that was ordered. The slot stays as it is."""
+    """A certificate was offered that is none, or not for the wash that was ordered. The slot stays as it is.
+
+    `slot_id` is "?" where the certificate could not be read.
+    """
 
     def __init__(self, slot_id: str, why: str) -> None:
         super().__init__(f"slot {slot_id}: certificate rejected: {why}")
+        self.slot_id = slot_id
+        self.why = why

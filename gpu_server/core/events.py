@@ -16,7 +16,7 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import Certificate, SlotSpec, Tier
+from gpu_server.core.slots import SlotSpec, Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,15 +175,25 @@ class TaskEnded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerGone(Event):
-    """The session's container and run folder are verified gone. `log_tail` is what it wrote last."""
+    """The session's container is verified gone. `log_tail` is what it wrote last."""
 
     session_id: str
     log_tail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WashPassed(Event):
-    certificate: Certificate
+class CertificateIssued(Event):
+    """A wash has passed, and this is its certificate, as it was signed. It frees nothing yet."""
+
+    certificate: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateSecured(Event):
+    """A certificate that the node has accepted is on the disk: its slot may be free."""
+
+    slot_id: str
+    certificate_hash: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ How a session lives:
  2. `StartWorker` brings up its container; `WorkerReady` makes it ready.
  3. Its tasks start first come, first served, as many at once as its worker takes (`_start_tasks`).
  4. It ends for one `CloseReason` (`_end`): its tasks are ended, its slots are washed (`WashSlots`).
- 5. `ContainerGone` closes it; a certificate for each slot frees that slot, and the line moves (1).
+ 5. `ContainerGone` closes it; a certificate for each slot, once it is on the disk, frees that slot, and the
+    line moves (1). What is washed when is in `core/washing.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
-from gpu_server.core import notices
+from gpu_server.core import notices, washing
 from gpu_server.core.admission import (
     admit_opening,
     admit_session,
@@ -44,17 +45,18 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import SlotState, Tier
+from gpu_server.core.slots import Judge, Tier
 from gpu_server.core.state import NodeState
 from gpu_server.core.timers import Alarm
 from gpu_server.core.waitline import WaitLine
 
 
 class Node(NodeState):
-    """The decisions, over the state of one node. Only `handle` writes."""
+    """The decisions, over the state of one node. Only `handle` writes. `judge` reads certificates."""
 
-    def __init__(self, rules: Rules, *, first_fence: int = 1) -> None:
+    def __init__(self, rules: Rules, *, judge: Judge, first_fence: int = 1) -> None:
         super().__init__(rules, first_fence=first_fence)
+        self.judge = judge
         self._on: Mapping[type[ev.Event], Callable[[Any, float], None]] = {
             ev.NodeStarted: self._node_started,
             ev.TaskSubmitted: self._task_submitted,
@@ -73,7 +75,8 @@ class Node(NodeState):
             ev.WorkerLost: self._worker_lost,
             ev.TaskEnded: self._task_ended,
             ev.ContainerGone: self._container_gone,
-            ev.WashPassed: self._wash_passed,
+            ev.CertificateIssued: self._certificate_issued,
+            ev.CertificateSecured: self._certificate_secured,
             ev.WashFailed: self._wash_failed,
             ev.SlotChecked: self._slot_checked,
             ev.SlotWashOrdered: self._slot_wash_ordered,
@@ -155,6 +158,7 @@ class Node(NodeState):
             key=event.key,
         )
         self._add_task(task)
+        session.tasks_taken += 1
         session.sealed_tasks += event.psk_id is not None
         session.queue.append(task.id)
         self._touch_session(session.id)
@@ -262,8 +266,8 @@ class Node(NodeState):
             self._tell_positions([session], ahead=len(self.line) - 1)
 
     def _assign(self, now: float) -> None:
-        """Start whoever may start now, in the order of the line. While the runtime does not answer nobody
-        does: a start that is bound to fail would cost a session."""
+        """Start whoever may start now, in the order of the line, and look ahead for the others. While the
+        runtime does not answer nobody does: a start that is bound to fail would cost a session."""
         if self.runtime_doubt is not None:
             return
         moved = False
@@ -274,11 +278,13 @@ class Node(NodeState):
             moved = True
         if moved:
             self._tell_positions(self.line)
+        washing.look_ahead(self)
 
     def _lease(self, session: Session, slot_ids: tuple[str, ...], now: float) -> None:
         session.fence = self._take_fence()
         session.slot_ids = slot_ids
-        self.slots.lease(slot_ids, session.id, session.fence)
+        session.washed_before = tuple(self.slots[slot_id].head.hex() for slot_id in slot_ids)
+        self.slots.lease(slot_ids, session.id, session.fence, session.tenant)
         session.move(SessionState.PREPARING, f"leased {', '.join(slot_ids)} under fence {session.fence}")
         session.max_deadline = now + self.rules.max_lifetime
         self._cancel_alarm(Alarm.GPU_WAIT, session.id)
@@ -298,21 +304,17 @@ class Node(NodeState):
         )
         self._end(session, CloseReason.NO_AVAILABLE_GPU, failure, now, tasks_become=TaskState.TIMEOUT)
 
-    def _wash_passed(self, event: ev.WashPassed, now: float) -> None:
-        self.slots.free(event.certificate)
+    def _certificate_issued(self, event: ev.CertificateIssued, now: float) -> None:
+        washing.issue(self, event)
+        washing.look_ahead(self)  # it may say more than was ordered
+
+    def _certificate_secured(self, event: ev.CertificateSecured, now: float) -> None:
+        self.slots.secure(event.slot_id, event.certificate_hash)
         self._assign(now)
 
     def _wash_failed(self, event: ev.WashFailed, now: float) -> None:
-        for slot_id in event.slot_ids:
-            if slot_id not in self.slots:
-                continue
-            slot = self.slots[slot_id]
-            if slot.fence == event.fence and slot.state is SlotState.WASHING:
-                self.slots.quarantine(slot_id, event.reason)
-        session = self.sessions.get(event.session_id or "")
-        if session is not None and not session.ended:
-            session.failure = Failure(code=FailureCode.NOT_CLEANED, message=event.reason)
-            self._close(session, SessionState.FAILED, now)
+        washing.lock_away(self, event, now)
+        self._assign(now)
 
     def _slot_checked(self, event: ev.SlotChecked, now: float) -> None:
         if event.slot_id in self.slots:
@@ -320,14 +322,8 @@ class Node(NodeState):
             self._assign(now)
 
     def _slot_wash_ordered(self, event: ev.SlotWashOrdered, now: float) -> None:
-        if event.slot_id not in self.slots:
-            raise Refusal(RefusalCode.SLOT_NOT_FOUND, f"this node has no slot {event.slot_id}")
-        if (state := self.slots[event.slot_id].state) is not SlotState.QUARANTINED:
-            message = f"slot {event.slot_id} is {state}; only a quarantined slot is washed by order"
-            raise Refusal(RefusalCode.SLOT_NOT_QUARANTINED, message)
-        fence = self._take_fence()
-        self.slots.rewash(event.slot_id, fence)
-        self._out.append(fx.WashSlots(session_id=None, fence=fence, slot_ids=(event.slot_id,), grace=0.0))
+        washing.wash_by_order(self, event)
+        self._assign(now)
 
     # -- workers ------------------------------------------------------------------------------------------
 
@@ -486,11 +482,8 @@ class Node(NodeState):
             return
         if session.state is not SessionState.DRAINING:
             session.move(SessionState.DRAINING, f"{session.close_reason}")
-        self.slots.wash(session.slot_ids, f"{session.id} ended: {session.close_reason}")
-        grace = self.rules.stop_grace
-        self._out.append(
-            fx.WashSlots(session_id=session.id, fence=session.fence, slot_ids=session.slot_ids, grace=grace)
-        )
+        washing.wash_lease(self, session)
+        washing.look_ahead(self)
 
     def _close(self, session: Session, state: SessionState, now: float) -> None:
         session.move(state, f"{session.close_reason}")
@@ -541,7 +534,8 @@ class Node(NodeState):
         del session.busy[event.task_id]
         self._touch_session(session.id)
         self._cancel_alarm(Alarm.CANCEL, event.task_id)
-        survives = session.state is SessionState.WORKING and session.task_type is TaskType.SESSION
+        oneoff, per_task = session.task_type is TaskType.ONEOFF, session.workload.wash_per_task
+        survives = session.state is SessionState.WORKING and not oneoff and not per_task
         if not task.ended:
             if survives:
                 self._tell(notices.worker(task.id, "waiting", session))
@@ -550,7 +544,8 @@ class Node(NodeState):
             self._start_tasks(session, now)
             self._tell_positions([session])
         elif not session.busy:
-            self._end(session, CloseReason.ONEOFF_DONE, _LIFETIME, now)
+            reason = CloseReason.TASK_DONE if per_task and not oneoff else CloseReason.ONEOFF_DONE
+            self._end(session, reason, _LIFETIME, now)
 
     def _stop_task(self, task: Task, state: TaskState, failure: Failure, now: float) -> None:
         """End a task from outside. Its place in the worker is free only when the worker says so."""
@@ -651,6 +646,8 @@ class Node(NodeState):
             self._end(session, CloseReason.SHUTDOWN, _SHUTDOWN, now)
         elif session.sealed_tasks >= self.rules.sealed_tasks_max:
             self._end(session, CloseReason.SEALED_TASKS_SPENT, _SPENT, now)
+        elif session.workload.wash_per_task and session.tasks_taken:
+            self._end(session, CloseReason.TASK_DONE, _TASK_DONE, now)
 
     def _shutdown_ordered(self, event: ev.ShutdownOrdered, now: float) -> None:
         self.shutting_down = True
@@ -696,4 +693,5 @@ _OTHER_WORKER_KEY = Failure(
     code=FailureCode.WORKER_PROTOCOL, message="the worker shows another key than the one it began with"
 )
 _SPENT = Failure(code=FailureCode.SESSION_LIFETIME, message="the session has taken all its sealed tasks")
+_TASK_DONE = Failure(code=FailureCode.SESSION_LIFETIME, message="the session has had its one task")
 _SHUTDOWN = Failure(code=FailureCode.SHUTDOWN, message="the service is shutting down")

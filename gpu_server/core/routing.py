@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gpu_server.core.admission import RETRY_AFTER_SECONDS, has_room
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.sessions import Session, SessionState, TaskType
-from gpu_server.core.slots import Tier
+from gpu_server.core.slots import Need, Tier
 
 if TYPE_CHECKING:
     from gpu_server.core.node import Node
@@ -54,7 +54,7 @@ def choose_session(
     best = min((session for session in mine if has_room(node, session)), key=rank, default=None)
     if best is not None and not lacks(best):
         return best.id
-    if not mine or _could_start(node, mine[0].workload.gpus, tier or Tier.LOW):
+    if not mine or _could_start(node, mine[0].workload.need(tier or Tier.LOW, tenant, sealed=False)):
         return None
     if best is None:
         raise Refusal(
@@ -73,6 +73,7 @@ def _serves(session: Session, tenant: str, model_id: str, task_preset: str) -> b
         and session.accepts_tasks
         and session.task_type is TaskType.SESSION
         and session.sealing is None
+        and not workload.wash_per_task
         and (workload.model_id, workload.task_preset) == (model_id, task_preset)
     )
 
@@ -85,5 +86,5 @@ def _load(session: Session) -> int:
     return len(session.busy) + len(session.queue)
 
 
-def _could_start(node: Node, gpus: int, tier: Tier) -> bool:
-    return node.runtime_doubt is None and node.line.could_start(gpus, tier, node.slots)
+def _could_start(node: Node, need: Need) -> bool:
+    return node.runtime_doubt is None and node.line.could_start(need, node.slots)

@@ -6,6 +6,7 @@ the story of an entity begins anew. What a worker said (`Failure.from_worker`, l
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import Slot, SlotSpec, SlotState, Tier
+from gpu_server.core.slots import NO_CERTIFICATE, Certificate, Slot, SlotSpec, SlotState, Tier, WashTier
 from gpu_server.core.timers import Alarm
 
 Row = Mapping[str, Any]
@@ -36,13 +37,18 @@ WORDS_LOST = "(the worker's own words were not kept)"
 
 
 class Table(StrEnum):
-    """The kinds of rows. `NODE` holds single values by their name."""
+    """The kinds of rows. `NODE` holds single values by their name. `CERTIFICATES`, by the hash of the record
+    in each, in hex, are what the node has accepted: it never reads them again."""
 
     NODE = "node"
     SLOTS = "slots"
     SESSIONS = "sessions"
     TASKS = "tasks"
+    CERTIFICATES = "certificates"
 
+
+STATE_TABLES = tuple(table for table in Table if table is not Table.CERTIFICATES)
+"""What a state is made of."""
 
 Rows = Mapping[Table, Mapping[str, Row]]
 
@@ -64,7 +70,8 @@ class RowsUnusable(Exception):
 
 
 def slot_row(slot: Slot) -> Row:
-    """A slot, but for what its device says of itself now (`doubt`)."""
+    """A slot, but for what its device says of itself now (`doubt`), and for a certificate that may not be on
+    the disk yet (`pending`): after a restart that wash begins anew."""
     spec = slot.spec
     return {
         "number": slot.number,
@@ -77,6 +84,24 @@ def slot_row(slot: Slot) -> Row:
         "holder": slot.holder,
         "fence": slot.fence,
         "fault": slot.fault,
+        "prev": slot.prev.hex(),
+        "head": slot.head.hex(),
+        "tier": slot.tier,
+        "tenant": slot.tenant,
+        "kept_for": slot.kept_for,
+    }
+
+
+def certificate_row(certificate: Certificate) -> Row:
+    """A certificate, in base64, and what one looks for it by; hashes in hex."""
+    return {
+        "slot_id": certificate.slot_id,
+        "uuid": certificate.slot_uuid,
+        "fence": certificate.fence,
+        "prev": certificate.prev.hex(),
+        "hash": certificate.hash.hex(),
+        "tier": certificate.tier,
+        "certificate": b64encode(certificate.raw).decode(),
     }
 
 
@@ -106,6 +131,9 @@ def session_row(session: Session, alarms: Alarms) -> Row:
         "worker_key": session.worker_key,
         "grants": {psk_id: asdict(grant) for psk_id, grant in session.grants.items()},
         "sealed_tasks": session.sealed_tasks,
+        "tasks_taken": session.tasks_taken,
+        "washed_before": list(session.washed_before),
+        "washed_after": list(session.washed_after),
         "alarms": dict(alarms),
     }
 
@@ -161,11 +189,18 @@ def slot_of(slot_id: str, row: Row) -> Slot:
         holder=row["holder"],
         fence=row["fence"],
         fault=row["fault"],
+        prev=_hash_of(row["prev"]),
+        head=_hash_of(row["head"]),
+        tier=WashTier(row["tier"]),
+        tenant=row["tenant"],
+        kept_for=row["kept_for"],
     )
 
 
 def session_of(session_id: str, row: Row) -> Session:
     """The session that this row was made of, with a log tail where one was put back."""
+    if len(row["washed_before"]) != len(row["slot_ids"]):
+        raise ValueError("not a certificate for each slot of a session")
     return Session(
         id=session_id,
         tenant=row["tenant"],
@@ -193,6 +228,9 @@ def session_of(session_id: str, row: Row) -> Session:
         worker_key=row["worker_key"],
         grants={psk_id: Grant(**grant) for psk_id, grant in row["grants"].items()},
         sealed_tasks=row["sealed_tasks"],
+        tasks_taken=row["tasks_taken"],
+        washed_before=tuple(row["washed_before"]),
+        washed_after=tuple(row["washed_after"]),
     )
 
 
@@ -218,6 +256,13 @@ def task_of(task_id: str, row: Row) -> Task:
 def alarms_of(row: Row) -> dict[Alarm, float]:
     """The deadlines in a session's or a task's row."""
     return {Alarm(name): float(when) for name, when in row["alarms"].items()}
+
+
+def _hash_of(text: str) -> bytes:
+    value = bytes.fromhex(text)
+    if len(value) != len(NO_CERTIFICATE):
+        raise ValueError(f"a hash of {len(value)} bytes")
+    return value
 
 
 def _workload_of(row: Row) -> Workload:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gpu_server.core.errors import Failure, ImpossibleTransition
-from gpu_server.core.slots import Tier
+from gpu_server.core.slots import Need, Tier
 
 
 class SessionState(StrEnum):
@@ -44,6 +44,7 @@ class CloseReason(StrEnum):
     NO_AVAILABLE_GPU = "no_available_gpu"
     ABANDONED = "abandoned"
     SEALED_TASKS_SPENT = "sealed_tasks_spent"
+    TASK_DONE = "task_done"
     SLOT_LOST = "slot_lost"
     NODE_RESTARTED = "node_restarted"
     SHUTDOWN = "shutdown"
@@ -98,7 +99,8 @@ class SealedUse(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What the decisions need to know of a preset."""
+    """What the decisions need to know of a preset. `wash_per_task`: a session of it takes one task in its
+    life, so that its slots are washed after every task."""
 
     model_id: str
     task_preset: str
@@ -107,6 +109,11 @@ class Workload:
     max_concurrent_tasks: int = 1
     start_timeout: float = 600.0
     sealed: SealedUse = SealedUse.ALLOWED
+    wash_per_task: bool = False
+
+    def need(self, tier: Tier, tenant: str, *, sealed: bool) -> Need:
+        """What a session of this preset needs in order to start."""
+        return Need(count=self.gpus, tier=tier, tenant=tenant, sealed=sealed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +154,9 @@ class Rules:
 
     `sealed_tasks_max` is how many sealed tasks a session takes in its life: its worker remembers each, so
     that none runs twice. `grants_max` is how many grants of a session are kept: the oldest goes first.
+
+    `light_wash`: the next lease of a slot to the same tenant may do without the scrub of its device. Never
+    where a session was or will be sealed, nor for a preset that is washed after every task.
     """
 
     idle_timeout: float = 300.0
@@ -165,6 +175,7 @@ class Rules:
     ended_sessions_max: int = 1_000
     sealed_tasks_max: int = 65_536
     grants_max: int = 8
+    light_wash: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +194,8 @@ class Session:
 
     A sealed one has a `sealing`. `worker_key` is what its worker has shown, in base64: X25519, public.
     `grants` are by the id of the key that they release (hex of `psk_id`), the newest last.
+    `washed_before` is the newest certificate of each of its slots when it got them, in their order, and
+    `washed_after` those of the washes that its end has ordered: the hashes of their records, in hex.
     """
 
     id: str
@@ -212,6 +225,10 @@ class Session:
     worker_key: str | None = None
     grants: dict[str, Grant] = field(default_factory=dict)
     sealed_tasks: int = 0
+    tasks_taken: int = 0
+    washed_before: tuple[str, ...] = ()
+    washed_after: tuple[str, ...] = ()
+    prefetched: bool = False
     history: list[str] = field(default_factory=list)
 
     @property
@@ -221,6 +238,10 @@ class Session:
     @property
     def accepts_tasks(self) -> bool:
         return not self.ended and self.state is not SessionState.DRAINING
+
+    @property
+    def need(self) -> Need:
+        return self.workload.need(self.tier, self.tenant, sealed=self.sealing is not None)
 
     def move(self, to: SessionState, why: str) -> None:
         """Follow the table; raises `ImpossibleTransition` with the recent history otherwise."""

@@ -13,7 +13,7 @@ from gpu_server.core import rows
 from gpu_server.core.notices import UNNUMBERED
 from gpu_server.core.rows import Change, Rows, RowsUnusable, Table
 from gpu_server.core.sessions import Rules, Session, SessionState, Task, TaskState
-from gpu_server.core.slots import Slots, SlotState
+from gpu_server.core.slots import Certificate, Slots, SlotState
 from gpu_server.core.timers import SESSION_ALARMS, TASK_ALARMS, Alarm, Timers
 from gpu_server.core.waitline import WaitLine
 
@@ -47,6 +47,8 @@ class NodeState:
         self._next_fence = first_fence
         self._out: list[fx.Effect] = []
         self._touched: dict[tuple[Table, str], None] = {}
+        self._issued: dict[str, Certificate] = {}
+        self._adopting = False  # while what an earlier life left is taken up
 
     def next_deadline(self) -> float | None:
         """When `Tick` is due next, or None."""
@@ -104,6 +106,12 @@ class NodeState:
             table = Table.SESSIONS if alarm in _SESSION_ALARMS else Table.TASKS
             self._touched[table, entity_id] = None
 
+    def _keep_certificate(self, certificate: Certificate) -> None:
+        """Write it down. The node forgets it then, but for its hashes: its row is for others to read."""
+        name = certificate.record_hash.hex()
+        self._issued[name] = certificate
+        self._touched[Table.CERTIFICATES, name] = None
+
     def _take_fence(self) -> int:
         fence, self._next_fence = self._next_fence, self._next_fence + 1
         self._touched[Table.NODE, FENCE] = None
@@ -125,6 +133,7 @@ class NodeState:
         self.slots.touched.clear()
         changes = [Change(table=table, id=name, row=self._row(table, name)) for table, name in self._touched]
         self._touched.clear()
+        self._issued.clear()
         return changes
 
     def _row(self, table: Table, name: str) -> rows.Row | None:
@@ -139,6 +148,8 @@ class NodeState:
             case Table.TASKS:
                 task = self.tasks.get(name)
                 return rows.task_row(task, self._alarms_of(name, TASK_ALARMS)) if task else None
+            case Table.CERTIFICATES:
+                return rows.certificate_row(self._issued[name])
 
     def _alarms_of(self, entity_id: str, alarms: tuple[Alarm, ...]) -> rows.Alarms:
         return {

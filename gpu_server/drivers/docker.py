@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
@@ -20,9 +19,8 @@ from docker import APIClient
 from docker.errors import APIError, ImageNotFound, NotFound
 
 from gpu_server.core.errors import FailureCode
-from gpu_server.drivers import docker_leftover
 from gpu_server.drivers.blocking import call_in_thread
-from gpu_server.drivers.docker_api import attach, create_container, inspect_image, short
+from gpu_server.drivers.docker_api import attach, create_container, inspect_image
 from gpu_server.drivers.docker_body import (
     LABEL_FENCE,
     LABEL_INSTANCE,
@@ -38,7 +36,11 @@ from gpu_server.drivers.docker_holders import foreign_gpu_holders
 from gpu_server.drivers.docker_images import image_missing, pull
 from gpu_server.drivers.docker_kept import KeptOutput
 from gpu_server.drivers.docker_output import AttachedOutput, no_output
+from gpu_server.drivers.docker_removal import remove_for_certain
+from gpu_server.drivers.docker_residue import belongings_of, docker_cleaners
 from gpu_server.ports import (
+    Belongings,
+    Cleaner,
     CreatedWorker,
     FoundWorker,
     RuntimeUnreachable,
@@ -221,7 +223,7 @@ class DockerRuntime:
             container_id = str(found["Id"])
             if found["State"]["Running"] and grace > 0:
                 await self._terminate(container_id, grace)
-            await self._remove_for_certain(container_id)
+            await remove_for_certain(self._calls, container_id, limit=self._call_timeout)
         if found["State"]["StartedAt"] == NEVER_STARTED:
             self._end_output(name)
 
@@ -251,6 +253,16 @@ class DockerRuntime:
 
         with unreachable():
             return foreign_gpu_holders(await self._calls.call(inspected), self._instance)
+
+    async def belongings(self, name: str) -> Belongings | None:
+        """See the port."""
+        with unreachable():
+            found = await self._calls.call(lambda client: self._find(client, name))
+        return None if found is None else belongings_of(found)
+
+    def cleaners(self) -> tuple[Cleaner, ...]:
+        """See the port."""
+        return docker_cleaners(self._calls)
 
     # -- in the pool's threads ----------------------------------------------------------------------------
 
@@ -321,41 +333,6 @@ class DockerRuntime:
             waiting.discard(exited)
             if not waiting:
                 del self._exits[container_id]
-
-    async def _remove_for_certain(self, container_id: str) -> None:
-        """SIGKILL and remove, until the engine says that there is no such container; and not before all its
-        processes are gone, whatever the engine knows of them."""
-        deadline = time.monotonic() + self._call_timeout
-        pause = 0.02
-        problem = "it is still there"
-
-        def attempt(client: APIClient) -> str | None:
-            nonlocal problem
-            with contextlib.suppress(NotFound):
-                runs = client.inspect_container(container_id)["State"]["Running"]
-                # Before it is removed: without its id nobody could find them again.
-                if not runs and (outliving := docker_leftover.processes_of(container_id)):
-                    log.warning("container.outlived", container_id=container_id, processes=len(outliving))
-                    docker_leftover.kill(outliving)
-                    problem = "processes of it live on, though it does not run"
-                    return problem
-            try:
-                client.remove_container(container_id, v=True, force=True)
-            except NotFound:
-                pass
-            except APIError as error:  # "already in progress", "device or resource busy"
-                problem = short(error)
-            try:
-                client.inspect_container(container_id)
-            except NotFound:
-                return None
-            return problem
-
-        while await self._calls.call(attempt) is not None:
-            if time.monotonic() > deadline:
-                raise RuntimeUnreachable(f"container {container_id[:12]} cannot be removed: {problem}")
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 1.0)
 
     def _end_output(self, name: str) -> None:
         """The engine ends what is attached to a container when that exits, and not when it never started."""

@@ -142,7 +142,7 @@ def _host_config(spec: WorkerSpec, seccomp: str, image_volumes: Iterable[str]) -
         "Init": True,
         "RestartPolicy": {"Name": "no"},
         "LogConfig": _log_config(spec.contract),
-        "DeviceRequests": _device_requests(spec.gpu_uuids),
+        "DeviceRequests": device_requests(spec.gpu_uuids),
     }
 
 
@@ -163,7 +163,8 @@ def _log_config(contract: Contract) -> Mapping[str, object]:
     return {"Type": "none", "Config": {}}
 
 
-def _device_requests(uuids: tuple[str, ...]) -> list[Mapping[str, object]]:
+def device_requests(uuids: tuple[str, ...]) -> list[Mapping[str, object]]:
+    """For exactly these GPUs, by UUID."""
     # An empty list of DeviceIDs would mean "count", so no GPU means no request at all.
     if not uuids:
         return []

@@ -13,7 +13,16 @@ from docker.errors import APIError, ImageNotFound, NotFound
 from gpu_server.drivers.docker_api import create_container, inspect_image, short
 from gpu_server.drivers.docker_body import LABEL_INSTANCE
 from gpu_server.drivers.docker_calls import EngineCalls, unreachable
-from gpu_server.drivers.enclave_host import ROLE, last_words, make_folder, make_of, remove_folder
+from gpu_server.drivers.enclave_host import (
+    KILLED,
+    NOT_SEEN_GONE,
+    ROLE,
+    Ending,
+    last_words,
+    make_folder,
+    make_of,
+    remove_folder,
+)
 from gpu_server.ports import EnclaveDown, RuntimeUnreachable
 
 T = TypeVar("T")
@@ -109,22 +118,26 @@ class ContainerEnclave:
 
         return await self._call(ended)
 
-    async def stop(self, grace: float) -> None:
+    async def stop(self, grace: float) -> Ending:
         """See the port."""
 
-        def stop(client: APIClient) -> None:
-            found = self._inspect(client)
-            if found is not None:
+        def stop(client: APIClient) -> Ending:
+            ending: Ending = "none"
+            if (found := self._inspect(client)) is not None:
+                ran = found["State"]["Running"]
                 with contextlib.suppress(NotFound):
-                    if found["State"]["Running"] and grace > 0:
+                    if ran and grace > 0:
                         client.stop(found["Id"], timeout=round(grace))
+                        found = client.inspect_container(found["Id"])
+                    ending = _ending(found["State"], ran=ran)
                     client.remove_container(found["Id"], v=True, force=True)
                 if self._inspect(client) is not None:
                     raise RuntimeUnreachable(f"container {self.name} cannot be removed")
             if self._folder is not None:
                 remove_folder(self._folder)
+            return ending
 
-        await self._call(stop)
+        return await self._call(stop)
 
     def close(self) -> None:
         """See the port. A call later opens it again."""
@@ -151,3 +164,11 @@ class ContainerEnclave:
         image = inspect_image(client, self._image)
         body = {"Image": self._image, **self._body(image)}
         return body, make_of([image["Id"], body])
+
+
+def _ending(state: Mapping[str, Any], *, ran: bool) -> Ending:
+    """How one that is removed next has ended. `ran` says whether it ran until it was asked to end."""
+    status = state["ExitCode"]
+    if state["Running"] or status in NOT_SEEN_GONE or status >= KILLED:
+        return "killed"
+    return "terminated" if ran else "ended"

@@ -12,11 +12,22 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from gpu_server.drivers.docker_api import one_line
 
 ROLE: Final = "enclave"
+NOT_SEEN_GONE: Final = frozenset({71, 72})
+"""Exit statuses of a Nitro Enclave's runner that has ended, and not seen its enclave gone: where `nitro-cli`
+could not be used it may have started one and not have said so."""
+KILLED: Final = 128
+"""From this exit status on, a program was ended by a signal."""
+
+Ending = Literal["none", "ended", "terminated", "killed"]
+"""How an enclave came to be gone: there was none, it had ended before, it ended as it was asked to, or what
+held it was killed. On a Nitro host `ended` and `terminated` mean that `nitro-cli describe-enclaves` did not
+list it any more, or that `nitro-cli` had refused to start it; after `killed` it is the kernel's driver that
+ends it, with the process that held it."""
 
 
 class EnclaveHost(Protocol):
@@ -33,8 +44,8 @@ class EnclaveHost(Protocol):
     async def ended(self) -> str | None:
         """Why it does not run; None while it does. Raises `RuntimeUnreachable` when that is not known."""
 
-    async def stop(self, grace: float) -> None:
-        """SIGTERM, up to `grace` seconds, SIGKILL, gone for certain. Raises `RuntimeUnreachable`."""
+    async def stop(self, grace: float) -> Ending:
+        """SIGTERM, up to `grace` seconds, SIGKILL, gone for certain, and how. Raises `RuntimeUnreachable`."""
 
     def close(self) -> None:
         """Let go; the enclave is left as it is."""

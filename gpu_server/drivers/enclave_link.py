@@ -22,7 +22,7 @@ from gpu_server.sealed.canonical import Value
 from gpu_server.sealed.chunks import ChunkReader
 from gpu_server.sealed.errors import SealedError
 from gpu_server.sealed.frames import Code, Op, Reply, decode_reply, encode_request
-from gpu_server.sealed.grant import EPOCH_BYTES, GRANT_BYTES
+from gpu_server.sealed.grant import EPOCH_BYTES, GRANT_BYTES, Binding
 from gpu_server.sealed.names import check_name
 
 Address = Path | tuple[int, int]
@@ -92,19 +92,10 @@ class EnclaveLink:
         """An attestation document with this nonce (32 bytes)."""
         return _bytes(await self._ask(Op.HELLO, nonce), 1, MAX_DOCUMENT_BYTES)
 
-    async def grant(
-        self,
-        *,
-        tenant: str,
-        pool: str,
-        kms_key_arn: str,
-        session_id: str,
-        worker_key: bytes,
-        wrapped_key: bytes,
-        for_recipient: bytes,
-    ) -> bytes:
+    async def grant(self, binding: Binding, for_recipient: bytes) -> bytes:
         """A key grant (80 bytes)."""
-        args = (tenant, pool, kms_key_arn, session_id, worker_key, wrapped_key, for_recipient)
+        names = (binding.tenant, binding.pool, binding.kms_key_arn, binding.session_id)
+        args = (*names, binding.worker_key, binding.wrapped_key, for_recipient)
         return _bytes(await self._ask(Op.GRANT, *args), GRANT_BYTES, GRANT_BYTES)
 
     def close(self) -> None:

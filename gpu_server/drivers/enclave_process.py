@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from gpu_server.drivers.clock import boot_id
-from gpu_server.drivers.enclave_host import ROLE, last_words, make_folder, make_of, remove_folder
+from gpu_server.drivers.enclave_host import (
+    ROLE,
+    Ending,
+    last_words,
+    make_folder,
+    make_of,
+    remove_folder,
+)
 from gpu_server.drivers.process_record import ProcessRecord, read_record, write_record
 from gpu_server.drivers.process_tree import is_alive, leader_now, members, send
 from gpu_server.ports import EnclaveDown, RuntimeUnreachable
@@ -73,15 +80,17 @@ class ProcessEnclave:
             words = ""
         return f"its process has ended{f' with {code}' if code is not None else ''}{words and f': {words}'}"
 
-    async def stop(self, grace: float) -> None:
+    async def stop(self, grace: float) -> Ending:
         """See the port."""
+        ending: Ending = "none"
         record = self._record()
         if record is not None and record.leader is not None and record.boot_id == self._boot_id:
             try:
-                await self._end(record, grace)
+                ending = await self._end(record, grace)
             except OSError as error:
                 raise RuntimeUnreachable(f"the processes of this machine cannot be seen: {error}") from error
         remove_folder(self._folder)
+        return ending
 
     def close(self) -> None:
         """See the port: there is nothing to let go of."""
@@ -147,13 +156,17 @@ class ProcessEnclave:
             return None
         return os.waitstatus_to_exitcode(status) if pid else None
 
-    async def _end(self, record: ProcessRecord, grace: float) -> None:
+    async def _end(self, record: ProcessRecord, grace: float) -> Ending:
+        if await self._wait(record, 0.0):
+            return "ended"
         if grace > 0:
             self._signal(record, signal.SIGTERM)
-            await self._wait(record, grace)
+            if await self._wait(record, grace):
+                return "terminated"
         self._signal(record, signal.SIGKILL)
         if not await self._wait(record, _KILL_SECONDS):
             raise RuntimeUnreachable(f"process {record.pid} was killed and does not end")
+        return "killed"
 
     def _signal(self, record: ProcessRecord, number: signal.Signals) -> None:
         if record.leader is not None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from gpu_server.core.slots import BOTH_TIERS, SlotSpec, Tier
-from gpu_server.drivers.blocking import call_in_thread
+from gpu_server.drivers.nvml import Nvml, NvmlUnusable, text
 from gpu_server.ports import InventoryError, SlotInventory, SlotReading
-
-T = TypeVar("T")
 
 _MIB: Final = 1024 * 1024
 
@@ -68,95 +65,63 @@ class NvmlInventory:
     ) -> None:
         self._device_ids = device_ids
         self._tiers = tiers
-        self._call_timeout = call_timeout
-        self._nvml = nvml
+        self._nvml = Nvml(nvml, limit=call_timeout)
         self._specs: tuple[SlotSpec, ...] = ()
-        self._hung = False
 
     async def discover(self) -> tuple[SlotSpec, ...]:
         """Raises `InventoryError` if NVML fails, or a name in the settings fits no device, or two fit one."""
         try:
-            self._specs = await self._in_thread(self._discover)
+            self._specs = await self._nvml.call(self._discover)
         except TimeoutError as error:
-            raise InventoryError(f"NVML did not answer within {self._call_timeout:.0f} s") from error
+            raise InventoryError(self._nvml.silence) from error
         return self._specs
 
     async def readings(self) -> Mapping[str, SlotReading]:
         """One reading for each slot that was discovered; when NVML hangs, every slot is in doubt."""
         try:
-            return await self._in_thread(lambda: {spec.id: self._reading(spec) for spec in self._specs})
+            return await self._nvml.call(lambda: {spec.id: self._reading(spec) for spec in self._specs})
         except TimeoutError:
-            doubt = f"NVML did not answer within {self._call_timeout:.0f} s"
-            return {spec.id: SlotReading(memory_used_mb=0, doubt=doubt) for spec in self._specs}
-
-    async def _in_thread(self, do: Callable[[], T]) -> T:
-        if self._hung:  # the thread of an earlier call still hangs in the driver: no second one
-            raise TimeoutError
-
-        def watched() -> T:
-            self._hung = True
-            try:
-                return do()
-            finally:
-                self._hung = False
-
-        return await call_in_thread(watched, limit=self._call_timeout, name="nvml")
+            silence = self._nvml.silence
+            return {spec.id: SlotReading(memory_used_mb=0, doubt=silence) for spec in self._specs}
 
     def _discover(self) -> tuple[SlotSpec, ...]:
         try:
-            if self._nvml is None:
-                self._nvml = importlib.import_module("pynvml")
-            self._nvml.nvmlInit()
-        except ImportError as error:
-            raise InventoryError(f"NVML is not usable: {error}") from error
-        except self._nvml.NVMLError as error:
-            raise InventoryError(f"NVML is not usable: {error}") from error
+            nvml = self._nvml.start()
+        except NvmlUnusable as error:
+            raise InventoryError(str(error)) from error
         try:
-            found = [self._describe(index) for index in range(self._nvml.nvmlDeviceGetCount())]
-        except self._nvml.NVMLError as error:
+            found = [self._describe(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        except nvml.NVMLError as error:
             raise InventoryError(f"NVML cannot list the GPUs: {error}") from error
         return tuple(found) if self._device_ids is None else _chosen(found, self._device_ids)
 
-    def _describe(self, index: int) -> SlotSpec:
-        nvml = self._nvml
+    def _describe(self, nvml: Any, index: int) -> SlotSpec:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+        uuid = text(nvml.nvmlDeviceGetUUID(handle))
         return SlotSpec(
             id=str(index),
             uuid=uuid,
-            name=_text(nvml.nvmlDeviceGetName(handle)),
+            name=text(nvml.nvmlDeviceGetName(handle)),
             memory_mb=nvml.nvmlDeviceGetMemoryInfo(handle).total // _MIB,
             is_gpu=True,
             tiers=_tiers_of(self._tiers, str(index), uuid),
         )
 
     def _reading(self, spec: SlotSpec) -> SlotReading:
+        nvml = self._nvml.module
         try:
-            handle = self._nvml.nvmlDeviceGetHandleByUUID(spec.uuid)
-            used = self._nvml.nvmlDeviceGetMemoryInfo(handle).used // _MIB
+            handle = nvml.nvmlDeviceGetHandleByUUID(spec.uuid)
+            used = nvml.nvmlDeviceGetMemoryInfo(handle).used // _MIB
             return SlotReading(memory_used_mb=used, fault=self._fault(handle))
-        except self._nvml.NVMLError_GpuIsLost as error:
+        except nvml.NVMLError_GpuIsLost as error:
             return SlotReading(memory_used_mb=0, fault=f"the GPU is lost: {error}")
-        except self._nvml.NVMLError as error:
+        except nvml.NVMLError as error:
             return SlotReading(memory_used_mb=0, doubt=f"the GPU cannot be read: {error}")
 
     def _fault(self, handle: object) -> str | None:
-        nvml = self._nvml
-        try:
-            errors = nvml.nvmlDeviceGetTotalEccErrors(
-                handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-            )
-        except nvml.NVMLError_NotSupported:
-            errors = 0
-        if errors:
+        if errors := self._nvml.uncorrected_errors(handle):
             return f"{errors} uncorrected ECC errors since the driver was loaded"
-        try:
-            _corrected, _uncorrected, pending, failed = nvml.nvmlDeviceGetRemappedRows(handle)
-        except nvml.NVMLError_NotSupported:
-            return None
-        if failed:
-            return "a memory row could not be remapped"
-        return "a memory row waits to be remapped: the GPU needs a reset" if pending else None
+        return self._nvml.row_fault(handle)
 
 
 async def choose_inventory(
@@ -207,7 +172,3 @@ def _chosen(found: Sequence[SlotSpec], device_ids: tuple[str, ...]) -> tuple[Slo
 def _tiers_of(tiers: Mapping[str, Tier], *names: str) -> frozenset[Tier]:
     listed = frozenset(tiers[name] for name in names if name in tiers)
     return listed or BOTH_TIERS
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -2,13 +2,15 @@
 
 It is in WAL mode with synchronous=NORMAL. What was written survives any end of the process, SIGKILL included.
 A power cut or a crash of the kernel may take the last transactions, whole ones and the latest only, and never
-the file's consistency. See https://www.sqlite.org/pragma.html#pragma_synchronous and
-https://www.sqlite.org/wal.html. The folder must be on a local file system.
+the file's consistency; not those before a `secure` that returned. See
+https://www.sqlite.org/pragma.html#pragma_synchronous and https://www.sqlite.org/wal.html. The folder must be
+on a local file system.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,15 @@ import orjson
 import structlog
 
 from gpu_server.core.rows import Change, Row, Table
-from gpu_server.drivers.journal_file import MIGRATIONS, Migration, connect, open_file, read_rows
+from gpu_server.drivers.journal_file import (
+    MIGRATIONS,
+    Migration,
+    beside,
+    connect,
+    open_file,
+    read_rows,
+    sync_folder,
+)
 from gpu_server.ports import JournalFailing, JournalUnusable
 
 log = structlog.get_logger()
@@ -35,6 +45,11 @@ _UPSERT: Final = {
     )
     for table in Table
 }
+# Of these there may be many, and they are looked for by their slot.
+_UPSERT[Table.CERTIFICATES] = (
+    "INSERT INTO certificates (id, row, slot) VALUES (?1, ?2, json_extract(?2, '$.slot_id'))"
+    " ON CONFLICT (id) DO UPDATE SET row = excluded.row, slot = excluded.slot"
+)
 _DELETE: Final = {table: f"DELETE FROM {table.value} WHERE id = ?" for table in Table}
 
 Key = tuple[Table, str]
@@ -43,8 +58,8 @@ Key = tuple[Table, str]
 class SqliteJournal:
     """One writer, on the event loop: `write` blocks, for some tens of microseconds.
 
-    `checkpoint` is for another thread; everything else is for one thread at a time. Only one journal of a
-    process may have the file open.
+    `checkpoint` and `secure` are for other threads; everything else is for one thread at a time. Only one
+    journal of a process may have the file open.
     """
 
     def __init__(self, path: Path, *, migrations: Sequence[Migration] = MIGRATIONS) -> None:
@@ -61,12 +76,22 @@ class SqliteJournal:
         self._written = 0
         self._covered = 0
         self._checkpointing = threading.Lock()
+        self._syncing = threading.Lock()
+        # Kept open, since a file that is opened later may not hear of what could not be written before.
+        self._log: int | None = None
+        self._not_synced: str | None = None
 
     def open(self) -> None:
         """Open the journal, made if it is not there, in a folder that is. Raises `JournalUnusable`."""
         self._path = self._path.resolve()
         self._connection = open_file(self._path, self._migrations)
         _empty_the_log(self._connection)
+        try:
+            self._log = os.open(beside(self._path, "-wal"), os.O_RDONLY)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            self.close()
+            raise JournalUnusable(f"The journal {self._path} cannot be used now: {error}.") from error
 
     def load(self) -> dict[Table, dict[str, Row]]:
         """All rows that are written, in the order in which they were first. Raises `JournalUnusable`."""
@@ -128,6 +153,51 @@ class SqliteJournal:
                 with contextlib.suppress(sqlite3.Error):
                     run("ROLLBACK")
 
+    def secure(self) -> None:
+        """Force the write-ahead log to the disk. Blocks, while `write` and `checkpoint` go on. What has left
+        the log was synchronised by the checkpoint that moved it.
+
+        Raises `JournalFailing`, also while changes are pending. Once the disk has refused, it does so until
+        the journal is opened again: the kernel may have dropped what it could not write, and would report
+        success the next time (https://lwn.net/Articles/752063/). Opening finds out what is there.
+        """
+        with self._syncing:
+            if self._log is None or self.failing is not None:
+                raise JournalFailing(f"The journal {self._path} is not secure: {self.failing or 'not open'}")
+            if self._not_synced is None:
+                try:
+                    os.fdatasync(self._log)
+                except OSError as error:
+                    self._not_synced = str(error)
+            if self._not_synced is not None:
+                raise JournalFailing(f"The journal {self._path} did not get to its disk: {self._not_synced}")
+
+    def certificate(self, record_hash: str) -> Row | None:
+        """The certificate of this record, in hex, or None. Raises `JournalFailing`."""
+        found = self._read("SELECT row FROM certificates WHERE id = ?", record_hash)
+        return orjson.loads(found[0][0]) if found else None
+
+    def certificates(self, slot_id: str, limit: int) -> tuple[Row, ...]:
+        """The newest certificates of a slot, `limit` at most, the newest last. Raises `JournalFailing`."""
+        query = "SELECT row FROM certificates WHERE slot = ? ORDER BY rowid DESC LIMIT ?"
+        found = self._read(query, slot_id, max(0, limit))
+        return tuple(orjson.loads(text) for (text,) in reversed(found))
+
+    def prune(self, kept: int) -> None:
+        """Drop all certificates but the newest `kept` of each slot, at least 1. Raises `JournalFailing`."""
+        old: list[str] = []
+        for (slot_id,) in self._read("SELECT DISTINCT slot FROM certificates"):
+            oldest = "SELECT rowid FROM certificates WHERE slot = ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
+            query = f"SELECT id FROM certificates WHERE slot = ? AND rowid <= ({oldest})"
+            old += (name for (name,) in self._read(query, slot_id, slot_id, max(1, kept)))
+        self.write([Change(table=Table.CERTIFICATES, id=name, row=None) for name in old])
+
+    def _read(self, query: str, *values: str | int) -> list[tuple[str, ...]]:
+        try:
+            return self._opened().execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise JournalFailing(f"The journal {self._path} could not be read: {error}") from error
+
     @property
     def wants_checkpoint(self) -> bool:
         """Whether more than 4 MiB were written since the last checkpoint, reckoned from above."""
@@ -154,8 +224,11 @@ class SqliteJournal:
 
     def close(self) -> None:
         """Leave one file, unless somebody reads it; what is pending is lost. Closing twice is no error."""
-        with self._checkpointing:
+        with self._checkpointing, self._syncing:
             connection, self._connection = self._connection, None
+            log_file, self._log = self._log, None
+            if log_file is not None:
+                os.close(log_file)
             if connection is not None:
                 _empty_the_log(connection)
                 connection.close()

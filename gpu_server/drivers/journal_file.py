@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import orjson
 
-from gpu_server.core.rows import Row, Table
+from gpu_server.core.rows import STATE_TABLES, Row, Table
 from gpu_server.ports import JournalUnusable
 
 Migration = Callable[[sqlite3.Connection], None]
@@ -32,7 +32,32 @@ def _know_sealed_sessions(connection: sqlite3.Connection) -> None:
         connection.execute("UPDATE sessions SET row = ? WHERE id = ?", (text, session_id))
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (_know_sealed_sessions,)
+def _know_certificates(connection: sqlite3.Connection) -> None:
+    """Slots are washed with certificates, of which there are none yet. The tasks that sessions have taken
+    before are not counted: only presets that are washed after every task ask, and there were none."""
+    connection.execute(
+        "CREATE TABLE certificates (id TEXT PRIMARY KEY NOT NULL, row TEXT NOT NULL, slot TEXT NOT NULL)"
+    )
+    connection.execute("CREATE INDEX certificates_of_a_slot ON certificates (slot)")
+    none = bytes(32).hex()
+    for slot_id, text in connection.execute("SELECT id, row FROM slots").fetchall():
+        row = orjson.loads(text) | {
+            "prev": none,
+            "head": none,
+            "tier": "full",
+            "tenant": None,
+            "kept_for": None,
+        }
+        connection.execute("UPDATE slots SET row = ? WHERE id = ?", (orjson.dumps(row).decode(), slot_id))
+    for session_id, text in connection.execute("SELECT id, row FROM sessions").fetchall():
+        row = orjson.loads(text)
+        row["workload"]["wash_per_task"] = False
+        row |= {"tasks_taken": 0, "washed_before": [none for _ in row["slot_ids"]], "washed_after": []}
+        text = orjson.dumps(row).decode()
+        connection.execute("UPDATE sessions SET row = ? WHERE id = ?", (text, session_id))
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (_know_sealed_sessions, _know_certificates)
 """Entry k brings version k + 1 to version k + 2. It runs inside a transaction and must not end it, so
 `executescript`, which commits, is forbidden to it. A new journal is version 1, migrated."""
 
@@ -94,13 +119,14 @@ def open_file(path: Path, migrations: Sequence[Migration]) -> sqlite3.Connection
 
 
 def read_rows(connection: sqlite3.Connection) -> dict[Table, dict[str, Row]]:
-    """Every row, in the order in which they were first inserted. Raises ValueError for what is not one."""
+    """Every row of a state, in the order in which they were first inserted. Raises ValueError for what is not
+    one."""
     return {
         table: dict(
             _parsed(table, *found)
             for found in connection.execute(f"SELECT id, row FROM {table.value} ORDER BY rowid")
         )
-        for table in Table
+        for table in STATE_TABLES
     }
 
 
@@ -154,7 +180,7 @@ def _refusal(path: Path, error: sqlite3.Error) -> JournalUnusable:
 
 
 def _make(path: Path, migrations: Sequence[Migration]) -> None:
-    if _is_filled(_beside(path, "-wal")):
+    if _is_filled(beside(path, "-wal")):
         # SQLite would take it for the new file's own.
         raise JournalUnusable(
             f"The journal {path} is gone, and {path.name}-wal, which is of no use alone, is still there. "
@@ -177,23 +203,29 @@ def _newest(migrations: Sequence[Migration]) -> int:
     return 1 + len(migrations)
 
 
+def sync_folder(folder: Path) -> None:
+    """What was made or renamed in this folder is on the disk when this returns. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def _draft_of(path: Path) -> Iterator[Path]:
     """An empty private file that becomes `path` at the end: whole and on the disk, or not at all."""
-    draft = _beside(path, ".new")
+    draft = beside(path, ".new")
     for ending in ("", "-journal", "-wal", "-shm"):  # what a crash left
-        _beside(draft, ending).unlink(missing_ok=True)
+        beside(draft, ending).unlink(missing_ok=True)
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     yield draft
     draft.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
-def _beside(path: Path, ending: str) -> Path:
+def beside(path: Path, ending: str) -> Path:
+    """The file next to this one whose name has this ending more."""
     return path.with_name(path.name + ending)
 
 
@@ -207,10 +239,10 @@ def _is_filled(path: Path) -> bool:
 def _check(path: Path, migrations: Sequence[Migration]) -> None:
     """Raise `JournalUnusable` unless the file is a sound journal of ours, of this version or an older one."""
     _check_header(path)
-    index = _beside(path, "-shm")
+    index = beside(path, "-shm")
     # With a write-ahead log the truth is in both files, and reading them takes the index. Without one, the
     # file is read as it lies there, and nothing appears beside it.
-    is_hot, had_index = _is_filled(_beside(path, "-wal")), index.exists()
+    is_hot, had_index = _is_filled(beside(path, "-wal")), index.exists()
     with closing(connect(path, "mode=ro" if is_hot else "mode=ro&immutable=1")) as connection:
         try:
             _check_content(path, connection, migrations)
@@ -293,7 +325,7 @@ def _migrate(path: Path, connection: sqlite3.Connection, migrations: Sequence[Mi
     version, newest = _version(connection), _newest(migrations)
     if version == newest:
         return
-    with _draft_of(_beside(path, f".v{version}")) as draft, closing(connect(draft)) as copy:
+    with _draft_of(beside(path, f".v{version}")) as draft, closing(connect(draft)) as copy:
         connection.backup(copy)
     for step in range(version, newest):
         with _transaction(connection):

@@ -36,8 +36,12 @@ from gpu_server.drivers.process_record import (
     remove_record,
     write_record,
 )
+from gpu_server.drivers.process_residue import DetachedProcesses, OutsideRunFolder
 from gpu_server.drivers.process_tree import Leader, is_alive, leader_now, members, open_pidfd, send
+from gpu_server.drivers.residue_thread import InThread
 from gpu_server.ports import (
+    Belongings,
+    Cleaner,
     Contract,
     CreatedWorker,
     FoundWorker,
@@ -54,6 +58,7 @@ UNKNOWN_EXIT: Final = 255
 
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "TZ")
 _KILL_SECONDS: Final = 10.0
+_TEMPORARY: Final = "tmp"
 
 # The worker's program starts only when a line comes over standard input, which is after its pid was recorded.
 # If the service dies in between, the shell reads the end of the file and no unrecorded worker exists.
@@ -163,6 +168,7 @@ class ProcessRuntime:
         try:
             write_record(folder, self._record(spec))
             output, writers = make_no_pipes(folder) if spec.sealed else make_pipes(folder)
+            (folder / _TEMPORARY).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StartRefused(FailureCode.START_FAILED, f"the run folder is not usable: {error}") from error
         self._outputs[spec.name] = output
@@ -254,6 +260,14 @@ class ProcessRuntime:
     async def foreign_gpu_holders(self) -> Mapping[str, str]:
         """Always empty: without an engine there is nobody to ask."""
         return {}
+
+    async def belongings(self, name: str) -> Belongings | None:
+        """See the port. Whatever a process has is in its run folder."""
+        return None if self._find(name) is None else Belongings(container_id=name)
+
+    def cleaners(self) -> tuple[Cleaner, ...]:
+        """See the port."""
+        return InThread(DetachedProcesses(self._instance, self._run_dir)), OutsideRunFolder()
 
     def _find(self, name: str) -> tuple[Path, ProcessRecord] | None:
         entries = records(self._run_dir, self._instance)
@@ -366,6 +380,7 @@ def environment(spec: WorkerSpec) -> dict[str, str]:
         "HOME": str(spec.folder.share),
         "USER": "worker",
         "LOGNAME": "worker",
+        "TMPDIR": str(spec.folder.path / _TEMPORARY),  # goes with the run folder
         "GPU_SESSION_ID": spec.session_id,
         "GPU_WORKER_SOCKET": str(spec.folder.socket),
         "CUDA_VISIBLE_DEVICES": ",".join(spec.gpu_uuids),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 _PROC: Final = Path("/proc")
 _DEAD: Final = frozenset("ZXx")
+_PF_EXITING: Final = 0x4  # include/linux/sched.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,14 @@ class _Stat:
     pid: int
     state: str
     session: int
+    flags: int
+    threads: int
     start_time: int
+
+    @property
+    def is_dead(self) -> bool:
+        """A first thread that has ended is no dead process while others of it run."""
+        return self.state in _DEAD and self.threads <= 1
 
 
 def leader_now(pid: int) -> Leader | None:
@@ -42,7 +51,7 @@ def leader_now(pid: int) -> Leader | None:
 def is_alive(leader: Leader) -> bool:
     """Whether exactly this process runs. One that has ended and waits to be reaped does not."""
     stat = _stat(leader.pid)
-    return stat is not None and stat.start_time == leader.start_time and stat.state not in _DEAD
+    return stat is not None and stat.start_time == leader.start_time and not stat.is_dead
 
 
 def open_pidfd(leader: Leader) -> int | None:
@@ -71,10 +80,43 @@ def members(leader: Leader, marker: str) -> tuple[Leader, ...]:
         Leader(pid=stat.pid, start_time=stat.start_time)
         for stat in _all_stats()
         if stat.session == leader.pid
-        and stat.state not in _DEAD
+        and not stat.is_dead
         and stat.start_time >= leader.start_time
         and (first is not None or _has_marker(stat.pid, marker))
     )
+
+
+def everyone() -> Iterator[Leader]:
+    """Every live process that can be seen from here, also those of others."""
+    for stat in _all_stats():
+        if not stat.is_dead:
+            yield Leader(pid=stat.pid, start_time=stat.start_time)
+
+
+def environment_of(pid: int) -> tuple[bytes, ...]:
+    """The `NAME=value` entries of a process as it has them now; empty where they cannot be read.
+
+    Asked of each thread in turn, since a first thread that has ended shows none.
+    """
+    with suppress(OSError):
+        for thread in os.listdir(_PROC / str(pid) / "task"):
+            with suppress(OSError):
+                if entries := (_PROC / str(pid) / "task" / thread / "environ").read_bytes():
+                    return tuple(entries.split(b"\0"))
+    return ()
+
+
+def is_ending(process: Leader) -> bool:
+    """Whether all threads of exactly this process are on their way out, or it has gone. By then a control
+    group of version 1 has let go of it, and it seems to be in none."""
+    if not is_alive(process):
+        return True
+    try:
+        threads = os.listdir(_PROC / str(process.pid) / "task")
+    except OSError:
+        return True
+    stats = (_stat_at(_PROC / str(process.pid) / "task" / thread) for thread in threads)
+    return all(stat is None or stat.flags & _PF_EXITING for stat in stats)
 
 
 def send(process: Leader, number: signal.Signals) -> None:
@@ -97,18 +139,25 @@ def _all_stats() -> Iterator[_Stat]:
 
 
 def _stat(pid: int) -> _Stat | None:
+    return _stat_at(_PROC / str(pid))
+
+
+def _stat_at(folder: Path) -> _Stat | None:
     try:
-        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     # proc(5): the command's name stands in parentheses and may hold anything, parentheses too.
     fields = text.rpartition(")")[2].split()
-    return _Stat(pid=pid, state=fields[0], session=int(fields[3]), start_time=int(fields[19]))
+    return _Stat(
+        pid=int(folder.name),
+        state=fields[0],
+        session=int(fields[3]),
+        flags=int(fields[6]),
+        threads=int(fields[17]),
+        start_time=int(fields[19]),
+    )
 
 
 def _has_marker(pid: int, marker: str) -> bool:
-    try:
-        environment = (_PROC / str(pid) / "environ").read_bytes()
-    except OSError:
-        return False
-    return marker.encode() in environment.split(b"\0")
+    return marker.encode() in environment_of(pid)

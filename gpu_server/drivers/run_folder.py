@@ -14,12 +14,13 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Final, Self
 
 from gpu_server.ports import RunFolder, RunFolderFault
 
-_SESSION_ID: Final = re.compile(r"[A-Za-z0-9_]+")
+SESSION_ID: Final = re.compile(r"[A-Za-z0-9_]+")
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BATCH: Final = 1024
 # Other errors, such as too few descriptors, are ours.
@@ -163,20 +164,21 @@ class RunFolders:
             for descriptor in folders:
                 os.close(descriptor)
 
-    def remove(self, session_id: str) -> None:
+    def remove(self, session_id: str, halt: Callable[[], None] = lambda: None) -> None:
         """Remove a session's folder, whatever is in it; it is no error if there is none.
 
         Returns only when it is gone. Raises OSError where it cannot be removed (a mount point inside, for
         one). The worker must be gone: one that still runs can make new files faster than this removes them.
+        `halt` is called before each entry, and may raise.
         """
-        if not _SESSION_ID.fullmatch(session_id):
+        if not SESSION_ID.fullmatch(session_id):
             raise ValueError(f"{session_id!r} is no session id")
         try:
             root = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             return
         try:
-            _remove_entry(session_id, root)
+            remove_entry(session_id, root, halt)
             with contextlib.suppress(FileNotFoundError):
                 os.stat(session_id, dir_fd=root, follow_symlinks=False)
                 raise OSError(errno.EEXIST, "the run folder is still there", session_id)
@@ -189,7 +191,7 @@ class RunFolders:
             found = os.listdir(self._root)
         except FileNotFoundError:
             return ()
-        return tuple(sorted(name for name in found if _SESSION_ID.fullmatch(name)))
+        return tuple(sorted(name for name in found if SESSION_ID.fullmatch(name)))
 
 
 def _write(path: Path, content: bytes, uid: int | None) -> None:
@@ -210,10 +212,16 @@ def _open_share(folder: RunFolder) -> int:
         raise RunFolderFault(f"the run folder cannot be opened: {error.strerror}") from error
 
 
-def _remove_entry(name: str, parent: int) -> None:
-    """Remove one entry of the folder `parent`. A folder is emptied flat: see `_empty`."""
+def remove_entry(
+    name: str, parent: int, halt: Callable[[], None] = lambda: None, *, owners: Container[int] | None = None
+) -> None:
+    """Remove one entry of the folder `parent`, whatever it is; no error if there is none. Follows no link. A
+    folder is emptied flat: see `_empty`. With `owners`, a folder that has become anybody else's is left, and
+    nothing behind a mount point is ever touched: both raise OSError, as whatever else cannot be removed.
+    Raises what `halt` raises, too, which is called before each entry."""
+    mount = _mount_of(parent)
     try:
-        folder = _open_folder(name, parent)
+        folder = _open_folder(name, parent, mount, owners)
     except FileNotFoundError:
         return
     if folder is None:
@@ -221,13 +229,13 @@ def _remove_entry(name: str, parent: int) -> None:
             os.unlink(name, dir_fd=parent)
         return
     try:
-        _empty(folder)
+        _empty(folder, mount, halt)
     finally:
         os.close(folder)
     os.rmdir(name, dir_fd=parent)
 
 
-def _empty(top: int) -> None:
+def _empty(top: int, mount: bytes | None, halt: Callable[[], None]) -> None:
     """Empty a folder with two descriptors at a time, however deep it is.
 
     Each folder found in `top` gives its own folders to `top` and is then removed, so the depth shrinks by one
@@ -236,13 +244,15 @@ def _empty(top: int) -> None:
     token, number = secrets.token_hex(8), itertools.count()
     while names := _some_names(top):
         for name in names:
-            folder = _open_folder(name, top)
+            halt()
+            folder = _open_folder(name, top, mount)
             if folder is None:
                 os.unlink(name, dir_fd=top)
                 continue
             try:
                 while children := _some_names(folder):
                     for child in children:
+                        halt()
                         below = _open_folder(child, folder)
                         if below is None:
                             os.unlink(child, dir_fd=folder)
@@ -259,18 +269,36 @@ def _some_names(folder: int) -> list[str]:
         return [entry.name for entry in itertools.islice(found, _BATCH)]
 
 
-def _open_folder(name: str, parent: int) -> int | None:
-    """A descriptor of the folder `name`, or None if it is something else. Links are something else.
+def _open_folder(
+    name: str, parent: int, mount: bytes | None = None, owners: Container[int] | None = None
+) -> int | None:
+    """A descriptor of the folder `name`, or None if it is something else. Links are something else. Raises
+    OSError for a folder that is none of `owners`', and for one of another mount than `mount`.
 
     A folder that its owner closed to himself (mode 0) is opened up first; it matters where we are not root.
     """
     held = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
-        mode = os.fstat(held).st_mode
+        info = os.fstat(held)
+        mode = info.st_mode
         if not stat.S_ISDIR(mode):
             return None
+        if owners is not None and info.st_uid not in owners:
+            raise PermissionError(errno.EPERM, "a folder has become somebody else's")
+        if mount is not None and _mount_of(held) != mount:
+            raise OSError(errno.EBUSY, "a mount point is in the way")
         if mode & 0o700 != 0o700:
             os.chmod(f"/proc/self/fd/{held}", 0o700)
         return os.open(".", _FOLDER, dir_fd=held)
     finally:
         os.close(held)
+
+
+def _mount_of(descriptor: int) -> bytes | None:
+    """The mount that an open file is in (proc(5), fdinfo): devices do not tell bind mounts apart."""
+    info = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lines = os.read(info, 4096).splitlines()
+    finally:
+        os.close(info)
+    return next((line for line in lines if line.startswith(b"mnt_id:")), None)

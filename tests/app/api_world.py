@@ -130,13 +130,17 @@ async def api_world(
     warnings: tuple[str, ...] = (),
     enclave: Enclave | None = None,
     keys: KeyService | None = None,
+    renewed: bool = False,
     **engine: Any,
 ) -> AsyncIterator[Api]:
-    """The application over a world of `engine_world(**engine)`."""
+    """The application over a world of `engine_world(**engine)`. Washes leave the enclave alone, unless
+    `renewed`: each would cost a key."""
     file = _presets_file(tmp_path)
     config = Settings(_env_file=None, **(settings or {}))
     loaded = presets.load(file, ("gpu-server/*",))
     engine = {"slots": slot_specs(4), "rules": config.rules(), "find_preset": loaded.get, **engine}
+    if renewed:
+        engine["enclave"] = enclave
     async with unwrapped(), engine_world(tmp_path, **engine) as world:
         service = Service(
             settings=config,
@@ -147,6 +151,7 @@ async def api_world(
             clock=world.clock,
             internal_key=KEY,
             fingerprint_key=b"of the tests",
+            seal=world.seal,
             enclave=enclave,
             keys=keys,
             warnings=warnings,

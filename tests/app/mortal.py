@@ -66,10 +66,15 @@ def mortal_histories(death: Death) -> Iterator[None]:
         yield
 
 
-async def live(world: World, script: Callable[[], Awaitable[None]], death: Death | None = None) -> bool:
+async def live(
+    world: World,
+    script: Callable[[], Awaitable[None]],
+    death: Death | None = None,
+    journal: MortalJournal | None = None,
+) -> bool:
     """A life of the service in which this happens; whether it came to its end."""
     try:
-        async with engine_life(world, journal=MortalJournal(death or Death(world))):
+        async with engine_life(world, journal=journal or MortalJournal(death or Death(world))):
             await script()
     except Killed:
         return False

@@ -23,7 +23,10 @@ ROUTES = [
     ("POST", "/api/sessions/s_1/open"),
     ("POST", "/inference"),
     ("GET", "/metrics"),
+    ("GET", "/api/slots"),
+    ("GET", "/api/slots/0/certificates"),
     ("POST", "/api/slots/0/wash"),
+    ("GET", "/api/certificates/h"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("GET", "/v1/models"),
@@ -51,7 +54,10 @@ async def test_every_route_needs_a_key(tmp_path: Path) -> None:
         listed = {
             (
                 method.upper(),
-                path.replace("{task_id}", "t_1").replace("{session_id}", "s_1").replace("{slot_id}", "0"),
+                path.replace("{task_id}", "t_1")
+                .replace("{session_id}", "s_1")
+                .replace("{slot_id}", "0")
+                .replace("{record_hash}", "h"),
             )
             for path, methods in api.app.openapi()["paths"].items()
             for method in methods

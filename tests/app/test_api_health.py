@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpu_server.core import events as ev
-from gpu_server.core.slots import SlotState
 from gpu_server.ports import SlotReading
 from tests.app.api_world import KEY, Api, api_world
 from tests.app.played_worker import hold
@@ -40,6 +40,7 @@ async def test_ok(tmp_path: Path) -> None:
                 "status": "ok",
                 "ready": True,
                 "runtime": "process",
+                "node_public_key": api.world.seal.public_key.hex(),
                 "enclave_healthy": None,
                 "enclave": None,
                 "gpu_healthy": True,
@@ -63,18 +64,51 @@ async def test_ok(tmp_path: Path) -> None:
             "memory_total_mb": 0,
             "memory_used_mb": 5,
             "held_by": None,
+            "wash": None,
+            "certificate": api.world.engine.node.slots["0"].head.hex(),
         }
         assert (slots[1]["id"], slots[1]["memory_used_mb"]) == ("1", None)
 
 
 async def test_starting(tmp_path: Path) -> None:
     """Until the first wash is through the node does not serve."""
-    async with api_world(tmp_path, slots=slot_specs(1)) as api:
-        slot = api.world.engine.node.slots["0"]
-        slot.state = SlotState.WASHING  # as it is born; a wash through this runtime is too quick to be seen
+    async with api_world(tmp_path, slots=slot_specs(1), washed=False) as api:
+        api.world.runtime.gates["list_workers"] = gate = asyncio.Event()
         assert await state(api) == (503, "starting", False)
-        slot.state = SlotState.FREE
+        gate.set()
+        await api.world.free()
         assert await state(api) == (200, "ok", True)
+
+
+async def test_a_wash(tmp_path: Path) -> None:
+    """A slot that is being washed tells which step it is at, and, to those who have a key, why one is tried
+    again; afterwards it tells the hash of its record."""
+    async with api_world(tmp_path, slots=slot_specs(2)) as api:
+        session_id = await api.session()
+        (slot_id,) = api.world.session(session_id).slot_ids
+        before = api.world.engine.node.slots[slot_id].head.hex()
+        api.world.runtime.gates["remove"] = gate = asyncio.Event()
+        api.world.runtime.unreachable = True
+        await api.ask("DELETE", f"/api/sessions/{session_id}")
+        async with asyncio.timeout(20):
+            while not any(view.reason for view in api.world.engine.washing.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        _, report = await health(api, "anyone")
+        slot, other = sorted(report["gpus"], key=lambda one: one["id"] != slot_id)
+        assert (slot["state"], slot["certificate"], other["wash"]) == ("washing", before, None)
+        assert slot["wash"]["steps"] == ["teardown"]
+        assert slot["wash"]["reason"].startswith("teardown: ")
+        assert datetime.fromisoformat(slot["wash"]["since"]).tzinfo is not None
+        _, report = await health(api)
+        assert report["gpus"][int(slot_id)]["wash"]["reason"] == "ask with an API key"
+        api.world.runtime.unreachable = False
+        gate.set()
+        api.world.clock.advance(10)
+        await api.world.free()
+        _, report = await health(api)
+        slot = report["gpus"][int(slot_id)]
+        assert slot["wash"] is None
+        assert slot["certificate"] == api.world.session(session_id).washed_after[0] != before
 
 
 async def test_busy(tmp_path: Path) -> None:

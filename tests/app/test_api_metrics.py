@@ -43,6 +43,7 @@ async def test_before_anything(tmp_path: Path) -> None:
                 "avg_load_time_seconds": None,
                 "models": {},
             },
+            "wash_stats": {"passed": 4, "failed": {}, "avg_seconds": 0.0, "quarantined_slots": 0},
             "enclave_connected": False,
         }
 
@@ -171,3 +172,29 @@ async def test_for_prometheus(tmp_path: Path) -> None:
         assert (await sealed.api.ask("GET", "/metrics")).json["enclave_connected"] is True
         sealed.enclave.down = "away"
         assert (await sealed.api.ask("GET", "/metrics")).json["enclave_connected"] is False
+
+
+async def test_washes(tmp_path: Path) -> None:
+    """Washes that passed, those that failed by their step, how long they took, and what is locked away."""
+    async with api_world(tmp_path, slots=slot_specs(2, gpu=True)) as api:
+        session_id = await api.session()
+        (slot_id,) = api.world.session(session_id).slot_ids
+        api.world.machine.holders[slot_id] = "a stranger"
+        await api.ask("DELETE", f"/api/sessions/{session_id}")
+        await api.world.until(lambda: api.world.engine.node.slots[slot_id].state == "quarantined")
+        found = (await api.ask("GET", "/metrics")).json["wash_stats"]
+        assert found == {"passed": 2, "failed": {"scrub": 1}, "avg_seconds": 0.0, "quarantined_slots": 1}
+        answer = await api.ask("GET", "/metrics", headers={"Accept": "text/plain"})
+        samples = {
+            (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+            for family in text_string_to_metric_families(answer.raw.decode())
+            for sample in family.samples
+        }
+        assert samples["gpu_server_washes_passed_total",] == 2
+        failed = {name[1]: value for name, value in samples.items() if "washes_failed_total" in name[0]}
+        assert failed == {"teardown": 0, "residue": 0, "scrub": 1, "enclave": 0, "gates": 0}
+        assert samples["gpu_server_wash_seconds_count", "total"] == 2
+        assert samples["gpu_server_wash_seconds_sum", "total"] == 0
+        assert samples["gpu_server_wash_seconds_bucket", "+Inf", "scrub"] == 2
+        assert samples["gpu_server_wash_seconds_bucket", "0.01", "scrub"] == 2
+        assert samples["gpu_server_slots", "quarantined"] == 1

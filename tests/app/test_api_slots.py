@@ -1,14 +1,16 @@
-"""`/api/slots`: the operator's way out of quarantine."""
+"""`/api/slots`: what the operator sees of slots and their washes, and the way out of quarantine."""
 
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpu_server.core import events as ev
+from gpu_server.sealed.wash import verify_chain
 from tests.app.api_world import KEY, TASK, Answer, Api, api_world
 from tests.app.world import slot_specs
 
@@ -48,8 +50,18 @@ async def test_a_wash_that_passes(tmp_path: Path) -> None:
             "memory_total_mb": 0,
             "memory_used_mb": None,
             "held_by": None,
+            "wash": None,  # which begins behind the answer
+            "certificate": api.world.engine.node.slots["0"].head.hex(),
+            "doubt": None,
+            "session_id": None,
+            "kept_for": None,
         }
         assert state(api) == "washing"
+        async with asyncio.timeout(20):
+            while api.world.engine.washing["0"].steps != ("scrub",):  # noqa: ASYNC110 (it is held there)
+                await asyncio.sleep(0)
+        slots = (await api.ask("GET", "/api/slots", tenant=None, headers=OPERATOR)).json["slots"]
+        assert (slots[0]["wash"]["steps"], slots[0]["wash"]["reason"]) == (["scrub"], None)
         (await wash(api)).problem(409, "slot_not_quarantined")
         gate.set()
         await api.world.free()
@@ -140,3 +152,93 @@ async def test_headers_that_come_twice(tmp_path: Path, name: str) -> None:
                     assert name.lower() in answer.problem(422, "invalid_request")["detail"]
         assert state(api) == "quarantined"
         assert api.world.engine.node.tasks == {}
+
+
+# -- what there is to see ---------------------------------------------------------------------------------
+
+
+async def test_the_slots(tmp_path: Path) -> None:
+    """Every slot, with who has it, what is wrong with it, and why nothing is known of it now."""
+    async with api_world(tmp_path) as api:
+        quarantine(api, "3")
+        for slot_id in ("1", "2"):
+            api.world.engine.report(ev.SlotChecked(slot_id=slot_id, fault=None, doubt="no answer"))
+        session_id = await api.session(tenant="b")
+        answer = await api.ask("GET", "/api/slots", tenant=None, headers=OPERATOR)
+        slots = answer.json["slots"]
+        shown = [(slot["id"], slot["state"], slot["session_id"], slot["held_by"]) for slot in slots]
+        assert shown == [
+            ("0", "leased", session_id, None),
+            ("1", "free", None, None),
+            ("2", "free", None, None),
+            ("3", "quarantined", None, None),
+        ]
+        assert [slot["doubt"] for slot in slots] == [None, "no answer", "no answer", None]
+        assert [slot["fault"] for slot in slots] == [None, None, None, "it smokes"]
+        assert all(len(slot["certificate"]) == 64 for slot in slots)
+
+
+async def test_a_slot_that_is_kept(tmp_path: Path) -> None:
+    """After a light wash a slot says whom it is kept for, and its certificate says that it was light."""
+    settings = {"wash_same_tenant": "light"}
+    async with api_world(tmp_path, settings=settings, slots=slot_specs(1)) as api:
+        await api.ask("DELETE", f"/api/sessions/{await api.session(tenant='b')}", tenant="b")
+        await api.world.free()
+        slot = (await api.ask("GET", "/api/slots", tenant=None, headers=OPERATOR)).json["slots"][0]
+        assert (slot["state"], slot["kept_for"]) == ("free", "b")
+        assert [one["tier"] for one in (await chain(api)).json["certificates"]] == ["full", "light"]
+
+
+async def chain(api: Api, slot_id: str = "0", query: str = "", **headers: str) -> Answer:
+    path = f"/api/slots/{slot_id}/certificates{query}"
+    return await api.ask("GET", path, tenant=None, headers={**OPERATOR, **headers})
+
+
+async def test_the_chain_of_a_slot(tmp_path: Path) -> None:
+    """A slot's certificates come oldest first, as JSON and as a CBOR sequence, and verify offline as a chain
+    up to the newest record; where there are more than are asked for it is the newest."""
+    async with api_world(tmp_path, slots=slot_specs(1)) as api:
+        for _ in range(3):
+            await api.ask("DELETE", f"/api/sessions/{await api.session()}")
+            await api.world.free()
+        listed = (await chain(api)).json["certificates"]
+        raws = [b64decode(one["certificate"]) for one in listed]
+        node_key, head = api.world.seal.public_key, api.world.engine.node.slots["0"].head
+        verified = verify_chain(raws, node_key=node_key, head=head, enclave="absent")
+        assert len(verified.certificates) == 4
+        assert verified.from_first
+        for one, certificate in zip(listed, verified.certificates, strict=True):
+            record = certificate.record
+            assert one == {
+                "record_hash": certificate.record_hash.hex(),
+                "hash": certificate.hash.hex(),
+                "prev": record.prev.hex(),
+                "slot_id": "0",
+                "slot_uuid": record.slot_uuid,
+                "fence": record.fence,
+                "tier": "full",
+                "certificate": one["certificate"],
+            }
+        answer = await chain(api, Accept="application/cbor-seq")
+        assert answer.headers["Content-Type"] == "application/cbor-seq"
+        assert answer.raw == b"".join(raws)
+        assert (await chain(api, query="?limit=2")).json["certificates"] == listed[-2:]
+
+
+async def test_chains_that_are_none(tmp_path: Path) -> None:
+    """A slot that never was has none; a limit has its limits; a journal that cannot be read is told."""
+    async with api_world(tmp_path) as api:
+        (await chain(api, "4")).problem(404, "slot_not_found")
+        for query in ("?limit=0", "?limit=1001", "?limit=x"):
+            (await chain(api, query=query)).problem(422, "invalid_request")
+        api.world.journal.close()
+        assert (await chain(api)).problem(503, "storage_failing")
+        assert (await chain(api)).headers["Retry-After"]
+
+
+@pytest.mark.parametrize("path", ["/api/slots", "/api/slots/0/certificates"])
+async def test_looking_is_the_operators(tmp_path: Path, path: str) -> None:
+    """Tenants do not see whose the slots are, nor all of their washes."""
+    async with api_world(tmp_path) as api:
+        (await api.ask("GET", path, tenant=None)).problem(401, "unauthorized")
+        (await api.ask("GET", path, tenant="a")).problem(403, "operator_only")

@@ -10,6 +10,7 @@ from typing import Any
 from gpu_server.api.views import LOG_TAIL_LINES
 from tests.app.api_world import Api, api_world
 from tests.app.played_worker import hold
+from tests.app.world import slot_specs
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00")
 
@@ -41,6 +42,8 @@ async def test_session(tmp_path: Path) -> None:
         shown = asked.fields
         assert asked.is_from_then(shown.pop("created_at"))
         expiry = shown.pop("expiry")
+        slots = api.world.session(session_id).slot_ids
+        assert len({*slots}) == 2
         assert asked.is_from_then(expiry["idle_deadline"], 100)
         assert asked.is_from_then(expiry["max_deadline"], 1000)
         assert (expiry["effective"], expiry["reason"]) == (expiry["idle_deadline"], "idle_timeout")
@@ -56,7 +59,10 @@ async def test_session(tmp_path: Path) -> None:
             "pool": None,
             "kms_key_arn": None,
             "worker_key": None,
-            "gpu_ids": ["0", "1"],
+            "gpu_ids": list(slots),
+            "fence": api.world.session(session_id).fence,
+            "washed_before": [api.world.engine.node.slots[slot].head.hex() for slot in slots],
+            "washed_after": [],
             "container_id": f"fake-{api.world.container(session_id)}",
             "closed_at": None,
             "queue": {"running": 0, "waiting": 0, "max": 5},
@@ -102,6 +108,23 @@ async def test_ended_session(tmp_path: Path) -> None:
         assert shown["log_tail"] == [f"line {n}" for n in range(100 - LOG_TAIL_LINES, 100)]
         assert shown["expiry"] == dict.fromkeys(shown["expiry"])
         assert asked.is_from_then(shown["closed_at"])
+
+
+async def test_washes(tmp_path: Path) -> None:
+    """A session that waits was given no slot yet; one that has ended tells the washes behind it."""
+    async with api_world(tmp_path, slots=slot_specs(1)) as api:
+        first = await api.session()
+        waiting = (await api.ask("POST", "/api/sessions", {"model_id": "m", "task_preset": "p"})).json
+        assert (waiting["fence"], waiting["washed_before"], waiting["washed_after"]) == (0, [], [])
+        before = (await api.ask("GET", f"/api/sessions/{first}")).json["washed_before"]
+        await api.ask("DELETE", f"/api/sessions/{first}")
+        await api.world.ready(waiting["session_id"])
+        ended, second = [
+            (await api.ask("GET", f"/api/sessions/{one}")).json for one in (first, waiting["session_id"])
+        ]
+        assert ended["washed_before"] == before
+        assert ended["washed_after"] == second["washed_before"] != before
+        assert ended["fence"] < second["fence"]
 
 
 async def test_task(tmp_path: Path) -> None:

@@ -71,7 +71,10 @@ async def test_the_description(tmp_path: Path) -> None:
             ("post", "/v1/completions"),
             ("get", "/v1/models"),
             ("get", "/v1/models/{model_id}"),
+            ("get", "/api/slots"),
+            ("get", "/api/slots/{slot_id}/certificates"),
             ("post", "/api/slots/{slot_id}/wash"),
+            ("get", "/api/certificates/{record_hash}"),
             ("get", "/health"),
             ("get", "/metrics"),
         }

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import io
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from click.testing import Result
 from typer.testing import CliRunner
 
 from gpu_server import __version__, cli
 from gpu_server.settings import Settings
-from tests.app.api_world import KEY, api_world
+from tests.app.api_world import KEY, Api
 from tests.app.played_worker import Call, PlayedWorker, echo, end, frame
 from tests.app.processes import ROOT, environment, free_port
+from tests.app.served import served_world
+from tests.app.world import slot_specs
 
 
 @pytest.fixture(autouse=True)
@@ -49,33 +46,13 @@ async def moody(worker: PlayedWorker, call: Call) -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running service, whose loop is in a thread of its own."""
-    started: concurrent.futures.Future[str] = concurrent.futures.Future()
-    stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
-    async def serve() -> None:
-        try:
-            async with api_world(tmp_path_factory.mktemp("service")) as api:
-                api.world.on_task = moody
-                stop.append((asyncio.get_running_loop(), asyncio.Event()))
-                started.set_result(api.url)
-                await stop[0][1].wait()
-        except BaseException as error:
-            if not started.done():
-                started.set_exception(error)
-            raise
+    def prepare(api: Api) -> None:
+        api.world.on_task = moody
 
-    # The service logs in this process: that must not get into what the commands print.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(io.StringIO()))
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        yield started.result(30)
-    finally:
-        if stop:
-            loop, event = stop[0]
-            loop.call_soon_threadsafe(event.set)
-        thread.join(30)
-        structlog.reset_defaults()
+    folder = tmp_path_factory.mktemp("service")
+    with served_world(folder, prepare=prepare, slots=slot_specs(4)) as served:
+        yield served.url
 
 
 def run(*arguments: str, key: str | None = KEY, **more: str) -> Result:
@@ -244,7 +221,8 @@ def test_sessions(url: str) -> None:
     assert "ready" in listed
     (row,) = run("sessions", "list", "--json", *mine).stdout.splitlines()
     assert json.loads(row)["session_id"] == session_id
-    assert json.loads(run("sessions", "show", session_id, *mine).stdout)["state"] == "ready"
+    shown = json.loads(run("sessions", "show", session_id, *mine).stdout)
+    assert (shown["state"], len(shown["washed_before"]), shown["washed_after"]) == ("ready", 1, [])
     assert json.loads(run("sessions", "keepalive", session_id, *mine).stdout)["state"] == "ready"
     killed = json.loads(run("sessions", "kill", session_id, *mine).stdout)
     assert killed["close_reason"] == "killed"

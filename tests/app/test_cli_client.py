@@ -24,6 +24,7 @@ from gpu_server.client import (
     SessionEnded,
     TaskEvent,
     Unreadable,
+    WashNotProven,
 )
 
 URL = "http://127.0.0.1:9"
@@ -100,6 +101,7 @@ def failing(error: BaseException) -> Callable[[Client], Awaitable[None]]:
         (Refused(404, {"code": "some_code", "detail": "some detail"}), "some_code (404): some detail"),
         (SessionEnded("s_1", "image_missing", "no image"), "session s_1 ended before"),
         (AttestationRefused("pcr", "PCR0 is another"), "The enclave is not accepted (pcr): PCR0 is another"),
+        (WashNotProven("tier", "it was light"), "No proof of the washes (tier): it was light"),
         (OpenRefused("another tenant"), "Refused by this client: another tenant"),
         (SealedStreamBroken("cut"), "Refused by this client: cut"),
         (DataKeyFailed("AccessDeniedException", "no"), "No data key: AccessDeniedException: no"),

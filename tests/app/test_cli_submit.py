@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,16 +21,19 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gpu_server import cli
+from gpu_server.cli_slots import utc
 from gpu_server.client import waiting
 from gpu_server.drivers.kms import AwsKeyService
 from gpu_server.kms_emulator import EmulatedKey, KmsEmulator
 from tests.app.api_world import KEY
-from tests.client.sealed_world import ARN, CANARY, PCR0, POOL, SealedService, sealed_world
+from tests.client.sealed_world import ARN, CANARY, NODE_KEY, PCR0, POOL, SealedService, sealed_world
 from tests.client.test_sealed import STREAMS
+from tests.sealed import washes
 
 SIMULATED = ("--sealed", "--kms-key", ARN, "--allow-simulated")
 PROMPT = ("--prompt", f"hello {CANARY}")
 OTHER = "0b" * 48
+MADE = utc(washes.MADE)
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +80,9 @@ async def test_sealed() -> None:
     async with service() as (played, submit):
         result = await submit(*SIMULATED, "--pool", POOL, "--pcr0", PCR0, *PROMPT)
         assert result.exit_code == 0, result.output
-        first, second, *_, last = result.stdout.splitlines()
+        first, washed, second, *_, last = result.stdout.splitlines()
         assert first == "sealed: simulated enclave, proves nothing"
+        assert washed == f"washed before: slot 0 at {MADE}; certified by node {NODE_KEY.hex()}"
         assert second.startswith("connection")
         assert f"hello{CANARY}" in result.stdout
         assert last.startswith("task_finish")
@@ -96,7 +101,7 @@ async def test_as_json() -> None:
             ("text_delta", True),
             ("task_finish", True),
         ]
-        assert "simulated enclave, proves nothing" in result.stderr
+        assert "simulated enclave, proves nothing\nwashed before: " in result.stderr
 
 
 async def test_a_session_for_more() -> None:
@@ -108,6 +113,55 @@ async def test_a_session_for_more() -> None:
         assert (kept.exit_code, again.exit_code) == (0, 0)
         assert "two" in again.stdout
         assert played.ended == []
+
+
+async def test_washes_that_are_not_proven() -> None:
+    """A session whose slot is not proven to be washed is not used, and the line says in which way; that there
+    was no check is said too."""
+    async with service() as (played, submit):
+        played.attested = []
+        result = await submit(*SIMULATED, "--pool", POOL, *PROMPT)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("No proof of the washes (unlisted): ")
+        assert (played.tasks, played.ended) == ({}, ["s_1"])
+        result = await submit(*SIMULATED, "--pool", POOL, "--no-check-washes", *PROMPT)
+        assert result.exit_code == 0
+        assert "washes: not checked" in result.stdout.splitlines()
+
+
+async def test_the_key_of_the_node() -> None:
+    """Certificates of another node than the one that is named are refused."""
+    async with service() as (played, submit):
+        result = await submit(*SIMULATED, "--pool", POOL, "--node-key", NODE_KEY.hex(), *PROMPT)
+        assert result.exit_code == 0
+        result = await submit(*SIMULATED, "--pool", POOL, "--node-key", "0b" * 32, *PROMPT)
+        assert result.exit_code == 1
+        assert "(node_key)" in result.stderr
+        assert len(played.tasks) == 1
+
+
+async def test_saving_certificates(tmp_path: Path) -> None:
+    """The certificate of the wash before the session is kept, and that of the wash behind it, which is waited
+    for; together they are a chain. Of a session that stays there is none behind it."""
+    async with service() as (played, submit):
+        kept = await submit(
+            *SIMULATED, "--pool", POOL, "--keep", "--save-certificates", str(tmp_path / "kept"), *PROMPT
+        )
+        assert kept.exit_code == 0
+        assert [path.read_bytes() for path in (tmp_path / "kept").iterdir()] == [played.before[0].raw]
+        played.wash()
+        folder = tmp_path / "a" / "b"
+        result = await submit(*SIMULATED, "--pool", POOL, "--save-certificates", str(folder), *PROMPT)
+        assert result.exit_code == 0, result.output
+        assert "waiting for the washes behind the session" in result.stderr
+        files = sorted(folder.iterdir())
+        assert [path.read_bytes() for path in files] == [played.before[0].raw, played.behind[0].raw]
+        command = ["wash", "verify", *map(str, files), "--node-key", NODE_KEY.hex(), "--allow-simulated"]
+        assert (await asyncio.to_thread(CliRunner().invoke, cli.app, command)).exit_code == 0
+        (tmp_path / "file").write_text("")
+        where = str(tmp_path / "file" / "folder")
+        result = await submit(*SIMULATED, "--pool", POOL, "--save-certificates", where, *PROMPT)
+        assert (result.exit_code, "Not a directory" in result.stderr) == (2, True)
 
 
 async def test_another_program() -> None:
@@ -263,6 +317,11 @@ async def test_no_data_key() -> None:
         (("m", "p", "--kms-key", ARN), "--kms-key is for --sealed"),
         (("m", "p", "--allow-simulated"), "--allow-simulated is for --sealed"),
         (("m", "p", "--keep"), "--keep is for --sealed"),
+        (("m", "p", "--node-key", "0b" * 32), "--node-key is for --sealed"),
+        (("m", "p", "--no-check-washes"), "--no-check-washes is for --sealed"),
+        (("m", "p", "--save-certificates", "x"), "--save-certificates is for --sealed"),
+        ((*SIMULATED, "--pool", "x", "--node-key", "0b"), "32 bytes"),
+        ((*SIMULATED, "--pool", "x", "--no-check-washes", "--node-key", "0b" * 32), "checked"),
         (("m", "p", "--open-seconds", "0"), "--open-seconds is for --sealed"),
         (("m",), "task_preset"),
         ((), "model_id"),

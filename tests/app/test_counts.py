@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -10,9 +11,10 @@ from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, FailureCode
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import CloseReason, Rules, TaskState
-from gpu_server.counts import Counts
+from gpu_server.counts import BUCKETS, Counts, Durations
 from tests.core.hunt import HISTORIES
 from tests.core.machine import NodeMachine
+from tests.core.papers import judge
 from tests.core.story import SEALING, Story
 
 
@@ -81,11 +83,20 @@ def test_nothing_yet() -> None:
     assert Counts().loads["m"].average is None
 
 
+def test_durations() -> None:
+    """Each is in the first bucket whose bound it does not exceed, or in the last."""
+    durations = Durations()
+    for seconds in (0.0, BUCKETS[0], BUCKETS[0] + 0.001, BUCKETS[-1], BUCKETS[-1] + 1):
+        durations.add(seconds)
+    assert durations.counts == [2, 1, *[0] * (len(BUCKETS) - 3), 1, 1]
+    assert (durations.total, durations.sum) == (5, pytest.approx(2 * sum((BUCKETS[0], BUCKETS[-1])) + 1.001))
+
+
 class CountedNode(Node):
     """A node whose decisions are counted, in every one of its lives."""
 
     def __init__(self, rules: Rules) -> None:
-        super().__init__(rules)
+        super().__init__(rules, judge=judge)
         self.counts = Counts()
 
     def handle(self, event: ev.Event, now: float) -> list[fx.Effect]:

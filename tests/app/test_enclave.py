@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +16,18 @@ from gpu_server.drivers.enclave_process import ProcessEnclave
 from gpu_server.enclave import (
     BOOT_SECONDS,
     CHECK_SECONDS,
-    EnclaveSupervisor,
     enclave_of,
     program_process,
     remove_leftover,
 )
-from gpu_server.ports import Clock, EnclaveDown, EnclaveRefused
+from gpu_server.ports import EnclaveDown, EnclaveRefused, RuntimeUnreachable
 from gpu_server.sealed.attestation import verify
-from gpu_server.sealed.frames import Code
+from gpu_server.sealed.frames import MAX_SLOTS, Code
 from gpu_server.settings import Settings
+from tests.app.enclave_world import NONCE, PATIENCE, another, binding, healthy, running, supervisor, until
 from tests.fakes.clock import FakeClock
 from tests.fakes.enclave_host import PCRS, FakeEnclaveHost
 from tests.fakes.hurried_clock import HurriedClock
-
-NONCE = b"n" * 32
-PATIENCE = 60.0
 
 
 @pytest.fixture
@@ -40,42 +36,6 @@ def host(tmp_path: Path) -> Iterator[FakeEnclaveHost]:
     yield made
     made.unreachable = None
     made.close_for_good()
-
-
-def supervisor(
-    host: FakeEnclaveHost,
-    clock: Clock | None = None,
-    *,
-    timeout: float = 20.0,
-    records: Callable[[], tuple[bytes, ...]] = tuple,
-) -> EnclaveSupervisor:
-    link = EnclaveLink(host.path, timeout=timeout)
-    return EnclaveSupervisor(host, link, mode="simulated", clock=clock or HurriedClock(), records=records)
-
-
-@asynccontextmanager
-async def running(made: EnclaveSupervisor) -> AsyncIterator[EnclaveSupervisor]:
-    """While it watches over the enclave; at the end it is cancelled, as for a handover."""
-    async with asyncio.TaskGroup() as group:
-        watching = group.create_task(made.run())
-        try:
-            yield made
-        finally:
-            watching.cancel()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for the supervisor to have seen something."""
-    async with asyncio.timeout(PATIENCE):
-        while not holds():  # noqa: ASYNC110 -- what is waited for is made of many steps of others
-            await asyncio.sleep(0.001)
-
-
-async def healthy(made: EnclaveSupervisor) -> bytes:
-    """Wait until it is; its epoch."""
-    await until(lambda: made.health.healthy)
-    assert made.health.epoch is not None
-    return made.health.epoch
 
 
 async def test_start(host: FakeEnclaveHost) -> None:
@@ -117,19 +77,19 @@ async def test_a_bug_does_not_end_the_service(host: FakeEnclaveHost, monkeypatch
 async def test_refusals_pass_through(host: FakeEnclaveHost) -> None:
     """What the enclave refuses is refused, and says nothing about its health."""
     async with running(supervisor(host)) as enclave:
-        await healthy(enclave)
+        epoch = await healthy(enclave)
         with pytest.raises(EnclaveRefused) as refused:
-            await enclave.grant(
-                tenant="t",
-                pool="p",
-                kms_key_arn="arn:aws:kms:eu-west-1:123456789012:key/k",
-                session_id="s",
-                worker_key=bytes(32),
-                wrapped_key=b"w",
-                for_recipient=b"nonsense",
-            )
+            await enclave.grant(binding(epoch), b"nonsense")
         assert refused.value.code == "DECRYPT"
         assert enclave.health.healthy
+
+
+async def test_a_grant_of_another_life(host: FakeEnclaveHost) -> None:
+    """What was encrypted for an enclave that has gone is not asked of the one that is there now."""
+    async with running(supervisor(host)) as enclave:
+        await healthy(enclave)
+        with pytest.raises(EnclaveDown, match="with another key"):
+            await enclave.grant(binding(b"e" * 16), b"anything")
 
 
 async def test_the_next_life_adopts(host: FakeEnclaveHost) -> None:
@@ -153,8 +113,8 @@ async def test_stop(host: FakeEnclaveHost) -> None:
             await watching
     assert await host.ended() == "it was stopped"
     assert enclave.health.reason == "the service is stopping"
-    with pytest.raises(EnclaveDown):
-        await enclave.restart()
+    with pytest.raises(EnclaveDown, match="stopping"):
+        await enclave.renew(("gpu0",)).booted()
 
 
 async def test_stop_while_it_boots(host: FakeEnclaveHost) -> None:
@@ -334,8 +294,8 @@ async def test_restarts_are_starts(host: FakeEnclaveHost) -> None:
         await healthy(enclave)
         host.unreachable = "the engine is away"
         for _ in range(3):
-            with pytest.raises(EnclaveDown, match="away"):
-                await enclave.restart()
+            with pytest.raises(RuntimeUnreachable, match="away"):
+                await enclave.renew(("gpu0",)).booted()
         host.unreachable = None
         await healthy(enclave)
         assert host.starts == 1 + enclave.restarts
@@ -363,27 +323,27 @@ async def test_replaced_by_somebody(host: FakeEnclaveHost) -> None:
 
 
 async def test_records(host: FakeEnclaveHost) -> None:
-    """Documents name the records as they were at the start; a restart names the newest."""
-    records = [b"a" * 32, b"b" * 32]
-    async with running(supervisor(host, records=lambda: tuple(records))) as enclave:
-        await healthy(enclave)
-        records[0] = b"c" * 32
+    """Documents name the newest records as they were at the start, in the order of the slots; a slot that has
+    none yet is left out."""
+    records = {"gpu0": b"a" * 32, "gpu1": b"b" * 32, "gpu2": bytes(32)}
+    async with running(supervisor(host, records=lambda: records)) as enclave:
+        epoch = await healthy(enclave)
+        records["gpu0"] = b"c" * 32
         for wanted in ((b"a" * 32, b"b" * 32), (b"c" * 32, b"b" * 32)):
             document = await enclave.attest(NONCE)
             attested = verify(document, nonce=NONCE, pcrs=PCRS, allow_simulated=True)
             assert attested.slots == wanted
-            await enclave.restart()
-        assert enclave.restarts == 2
+            await another(enclave, epoch, host.crash)
+            epoch = await healthy(enclave)
 
 
-async def test_restart_that_fails(host: FakeEnclaveHost) -> None:
-    """Who asked for it hears of it, and it is tried again."""
-    async with running(supervisor(host)) as enclave:
-        await healthy(enclave)
-        host.refusal = "no room"
-        with pytest.raises(EnclaveDown, match="no room"):
-            await enclave.restart()
-        host.refusal = None
+async def test_more_slots_than_a_document_names(host: FakeEnclaveHost) -> None:
+    """It has no key then, and the reason says what to change."""
+    records = {f"gpu{number}": bytes([number + 1]) * 32 for number in range(MAX_SLOTS + 1)}
+    async with running(supervisor(host, records=lambda: records)) as enclave:
+        await until(lambda: f"this node has {MAX_SLOTS + 1} slots" in (enclave.health.reason or ""))
+        assert "GPU_DEVICE_IDS" in (enclave.health.reason or "")
+        del records["gpu0"]
         await healthy(enclave)
 
 

@@ -14,7 +14,6 @@ from gpu_server.core import events as ev
 from gpu_server.core.effects import Effect
 from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.sessions import Rules
-from gpu_server.core.slots import Certificate
 from gpu_server.ports import WorkerExit
 from gpu_server.presets import Preset
 from tests.app.played_worker import hold
@@ -219,9 +218,9 @@ async def test_a_rejected_certificate(tmp_path: Path) -> None:
     """A certificate for nothing frees nothing and breaks nothing."""
     async with engine_world(tmp_path, washed=False) as world:
         await world.free()
-        wrong = Certificate(kind="teardown", slot_id="0", slot_uuid="other", fence=0)
-        world.engine.report(ev.WashPassed(certificate=wrong))
-        assert world.broke == []
+        before = world.engine.node.slots["0"].prev
+        world.engine.report(ev.CertificateIssued(certificate=b"no certificate"))
+        assert (world.engine.node.slots["0"].prev, world.broke) == (before, [])
 
 
 async def test_a_crash_in_a_wash(tmp_path: Path) -> None:

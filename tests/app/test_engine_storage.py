@@ -16,6 +16,7 @@ from gpu_server.core.errors import Refusal, RefusalCode
 from gpu_server.core.rows import Change, Table
 from gpu_server.core.sessions import RequestKey, TaskState
 from gpu_server.drivers import spool
+from gpu_server.wash_steps import FIRST_RETRY_SECONDS
 from tests.app.played_worker import Call, PlayedWorker, end, hold
 from tests.app.reading import parse
 from tests.app.world import PRESET, World, engine_life, engine_world, machine_world, slot_specs
@@ -122,6 +123,14 @@ async def test_one_decision_is_one_write(tmp_path: Path) -> None:
 # -- the journal cannot be written ------------------------------------------------------------------------
 
 
+async def is_not_secured(world: World) -> None:
+    """The slot's wash waits for the disk, and says so: its certificate may be forgotten."""
+    await world.clock.until_slept_to(world.clock.now() + FIRST_RETRY_SECONDS)
+    assert world.engine.node.slots["0"].state == "washing"
+    assert world.engine.washing["0"].steps == ("disk",)
+    assert FULL in (world.engine.washing["0"].reason or "")
+
+
 async def test_a_task_that_could_not_be_written_is_withdrawn(tmp_path: Path) -> None:
     """A request that might be forgotten is refused, and what it made ends; its key may be used again."""
     async with engine_world(tmp_path, slots=slot_specs(2)) as world:
@@ -133,7 +142,7 @@ async def test_a_task_that_could_not_be_written_is_withdrawn(tmp_path: Path) -> 
         (task,), (session,) = world.engine.node.tasks.values(), world.engine.node.sessions.values()
         assert (task.state, task.failure.code) == ("failed", "storage_failing")
         await world.until(lambda: session.ended)
-        await world.free()
+        await is_not_secured(world)
         assert world.machine.containers == {}
         assert world.spool.input(task.id) is None
         assert state_on_disk(world, task.id) is None
@@ -151,11 +160,13 @@ async def test_a_session_that_could_not_be_written_is_withdrawn(tmp_path: Path) 
         world.journal.refuse = FULL
         is_refused(lambda: world.request("s_1", key=KEY))
         await world.until(lambda: world.session("s_1").ended)
-        await world.free()
+        await is_not_secured(world)
         is_refused(lambda: world.request("s_2", key=KEY))
         assert "s_2" not in world.engine.node.sessions
         world.journal.refuse = None
         assert world.request("s_3", key=KEY) == "s_3"
+        assert world.session("s_3").state == "waiting"
+        world.clock.advance(FIRST_RETRY_SECONDS)
         await world.ready("s_3")
         assert world.session("s_3").state == "ready"
 

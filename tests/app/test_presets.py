@@ -75,6 +75,7 @@ def test_defaults(tmp_path: Path) -> None:
         "openai": False,
         "task_difficulty": None,
         "sealed": None,
+        "wash": "per_lease",
     }
 
 
@@ -117,6 +118,14 @@ def test_the_difficulty(tmp_path: Path) -> None:
 def test_sealed(tmp_path: Path, line: str, expected: SealedUse) -> None:
     """A preset says whether its sessions may, or must, be sealed; by default http ones may."""
     assert one(tmp_path, line).workload("m", "p").sealed is expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("gpus: 1", False), ("wash: per_lease", False), ("wash: per_task", True)]
+)
+def test_wash(tmp_path: Path, line: str, expected: bool) -> None:
+    """A preset says whether its slots are washed after every task."""
+    assert one(tmp_path, line).workload("m", "p").wash_per_task is expected
 
 
 def test_sealed_only(tmp_path: Path) -> None:

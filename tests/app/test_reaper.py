@@ -13,7 +13,8 @@ from gpu_server import attendant
 from gpu_server.core import events as ev
 from gpu_server.core.sessions import Rules
 from gpu_server.core.slots import SlotSpec
-from gpu_server.ports import RuntimeUnreachable, SlotReading
+from gpu_server.drivers.residue import Residue
+from gpu_server.ports import Dirty, RuntimeUnreachable, SlotReading, WashUnreachable
 from gpu_server.reaper import FOLDER_CHECK_SECONDS, PING_SECONDS, RECONCILE_EVERY, Reaper
 from tests.app.played_worker import hold
 from tests.app.world import World, engine_world, slot_specs
@@ -189,6 +190,21 @@ async def test_reconciling_without_an_engine(tmp_path: Path) -> None:
         await reaper.read_devices()
         assert world.session(session_id).state == "ready"
         world.runtime.unreachable = False
+
+
+@pytest.mark.parametrize(
+    "error", [Dirty("1 still there"), WashUnreachable("no answer"), OSError(5, "I/O error")]
+)
+async def test_residue_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What cannot be removed now is tried again the next time, and costs nobody anything until then."""
+    async with reaped(tmp_path) as (world, reaper, _):
+
+        async def clean(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Residue, "clean", clean)
+        await reaper.reconcile()
+        assert world.broke == []
 
 
 async def test_rounds_tend_the_storage(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def recovered(world: World, *, boot_id: str = "this boot", wall_offset: float = 
     """Recover, and let nothing of it happen."""
     spool = Spool(world.spool_root)
     spool.open()
-    node, inputs = Node(Rules()), Inputs(spool)
+    node, inputs = Node(Rules(), judge=world.seal.judge), Inputs(spool)
     streams = Streams(max_bytes_each=1 << 20, max_bytes_total=1 << 24, spool=spool)
     with journal_in(world.root) as journal:
         rebooted = recover(

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import stat
 import time
+from base64 import b64decode
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ import pytest
 from gpu_server import presets, service
 from gpu_server.core.notices import UNNUMBERED
 from gpu_server.core.sessions import TaskType
-from gpu_server.core.slots import Tier
+from gpu_server.core.slots import SlotSpec, Tier
 from gpu_server.drivers.inventory import CpuInventory
 from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.enclave import EnclaveSupervisor
 from gpu_server.engine import Submission
-from gpu_server.ports import InventoryError, JournalFailing, SlotInventory
+from gpu_server.ports import InventoryError, JournalFailing, SlotInventory, SlotReading, WashUnreachable
 from gpu_server.sealed.attestation import verify
+from gpu_server.sealed.wash import verify_chain
 from gpu_server.service import Service, StartRefusedByNode, made_at, new_id, open_service
 from gpu_server.settings import Settings
 from tests.app.reading import Event, all_events, parse
+from tests.fakes.gpu_wash import FakeScrubber
 
 ROOT = Path(__file__).parents[2]
 PRESETS = f"""
@@ -362,6 +365,93 @@ async def test_the_key_that_was_given(tmp_path: Path) -> None:
     assert not (tmp_path / "state" / "internal_api_key").exists()
 
 
+async def test_a_node_key_that_is_damaged(tmp_path: Path) -> None:
+    """The service does not start, says what to do, and does not make another one."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    key = tmp_path / "state" / "node_key"
+    key.write_bytes(b"x" * 64)
+    key.chmod(0o600)
+    with pytest.raises(StartRefusedByNode, match="node_key is damaged"):
+        async with open_service(settings_in(tmp_path)):
+            pass
+    assert key.read_bytes() == b"x" * 64
+
+
+async def test_more_slots_than_an_enclave_can_name(tmp_path: Path) -> None:
+    """A document names the newest record of each slot: where that cannot be, the service says so at once."""
+    with pytest.raises(StartRefusedByNode, match="this node has 15 slots"):
+        async with open_service(settings_in(tmp_path, cpu_slots=15, enclave="simulated")):
+            pass
+    async with open_service(settings_in(tmp_path, cpu_slots=15)) as opened:
+        assert len(opened.engine.node.slots) == 15
+
+
+GPU = SlotSpec(id="0", uuid="GPU-0001", name="GPU", memory_mb=1024, is_gpu=True)
+
+
+class OneGpu:
+    """A machine that has a GPU."""
+
+    async def discover(self) -> tuple[SlotSpec, ...]:
+        return (GPU,)
+
+    async def readings(self) -> dict[str, SlotReading]:
+        return {"0": SlotReading(memory_used_mb=0)}
+
+
+class LackingScrubber(FakeScrubber):
+    """Without its image."""
+
+    why: str | Exception | None = "there is no image a/carwash on this machine"
+
+    async def missing(self) -> str | None:
+        if isinstance(self.why, Exception):
+            raise self.why
+        return self.why
+
+
+@pytest.mark.parametrize("why", ["there is no image", WashUnreachable("no answer"), None])
+async def test_the_scrubber(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str | Exception | None
+) -> None:
+    """Where no GPU can be scrubbed that is told at the start; a node without GPUs needs no scrubber."""
+    made: list[tuple[Any, ...]] = []
+
+    class Runtime:
+        name = "docker"
+
+    def scrubber(instance: str, image: str, **options: Any) -> LackingScrubber:
+        made.append((instance, image, options))
+        found = LackingScrubber()
+        found.why = why
+        return found
+
+    monkeypatch.setattr(service, "ContainerScrubber", scrubber)
+    settings = settings_in(tmp_path, carwash_image="a/carwash", wash_step_seconds=7)
+    found, lacking = await service._choose_scrubber(settings, Runtime(), "i", (GPU,))  # type: ignore[arg-type]
+    assert isinstance(found, LackingScrubber)
+    assert lacking == ((f"no GPU can be washed: {why}",) if why is not None else ())
+    assert made == [("i", "a/carwash", {"limit": 7, "docker_host": None})]
+    nothing = await service._choose_scrubber(settings, Runtime(), "i", ())  # type: ignore[arg-type]
+    assert nothing == (None, ())
+
+
+async def test_a_gpu_without_a_scrub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is not served before it was washed, and locked away where that cannot be done."""
+
+    async def choose(**_: Any) -> SlotInventory:
+        return OneGpu()
+
+    monkeypatch.setattr(service, "choose_inventory", choose)
+    async with open_service(settings_in(tmp_path, wash_give_up_seconds=0.05)) as opened:
+        (slot,) = opened.engine.node.slots
+        async with asyncio.timeout(60):
+            while slot.state != "quarantined":  # noqa: ASYNC110 (it comes by itself)
+                await asyncio.sleep(0.02)
+        assert "could not be washed within 0.05 s: scrub: " in (slot.fault or "")
+        assert opened.engine.journal.certificates("0", 1) == ()
+
+
 @pytest.mark.parametrize("name", ["internal_api_key", "instance_id"])
 async def test_an_empty_file(tmp_path: Path, name: str) -> None:
     """An empty key or identity is no key and no identity."""
@@ -532,9 +622,10 @@ async def test_a_simulated_enclave(tmp_path: Path) -> None:
 
 
 async def test_an_enclave_outlives_a_handover(tmp_path: Path) -> None:
-    """The next version takes it up as it is, and one that wants none removes it."""
-    settings = settings_in(tmp_path, enclave="simulated")
+    """The next version takes it up as it is, where no slot is washed, and one that wants none removes it."""
+    settings = settings_in(tmp_path, enclave="simulated", cpu_slots=1)
     async with open_service(settings) as opened:
+        await run(opened, prompt="x")
         epoch = await healthy(opened)
         opened.engine.hand_over()
     async with open_service(settings) as opened:
@@ -546,6 +637,36 @@ async def test_an_enclave_outlives_a_handover(tmp_path: Path) -> None:
         async with asyncio.timeout(60):
             while socket.exists():  # noqa: ASYNC110 (it goes by itself)
                 await asyncio.sleep(0.02)
+
+
+async def test_certificates(tmp_path: Path) -> None:
+    """Every lease of every life ends with a certificate; those of a slot are one chain, which is verified by
+    the node's key alone, and each has a document of an enclave that was born with it."""
+    settings = settings_in(tmp_path, enclave="simulated", cpu_slots=1)
+    for _ in range(2):
+        async with open_service(settings) as opened:
+            await run(opened, prompt="x")
+            (slot,) = opened.engine.node.slots
+            head = slot.head
+            session = list(opened.engine.node.sessions.values())[-1]
+            assert session.washed_before == (head.hex(),)
+            assert await opened.engine.shut_down(60)
+            assert session.washed_after == (slot.head.hex(),)
+    with closing(SqliteJournal(tmp_path / "state" / "journal.db")) as journal:
+        journal.open()
+        rows = journal.certificates(slot.spec.id, 10)
+    chain = verify_chain(
+        [b64decode(row["certificate"]) for row in rows],
+        node_key=opened.seal.public_key,
+        head=slot.head,
+        enclave="required",
+        allow_simulated=True,
+    )
+    assert len(chain.certificates) == 4
+    record = chain.certificates[-1].record
+    residue = next(step for step in record.steps if step.name == "residue")
+    assert residue.figures["run_folder"] == 1
+    assert stat.S_IMODE((tmp_path / "state" / "node_key").stat().st_mode) == 0o600
 
 
 async def test_sessions_end_before_the_enclave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "gpu_wait_max_tasks": ("0", 0),
     "stop_grace_seconds": ("0", 0.0),
     "default_task_timeout": ("7", 7.0),
+    "wash_same_tenant": ("light", "light"),
+    "carwash_image": ("a/carwash", "a/carwash"),
+    "certificates_kept": ("1", 1),
     "max_body_bytes": ("1024", 1024),
     "metadata_max_depth": ("1", 1),
     "stream_history_bytes": ("65536", 65536),
@@ -129,6 +133,9 @@ def test_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("ENCLAVE_CPU_COUNT", "0"),
         ("KMS_ENDPOINT_URL", "127.0.0.1:8002"),
         ("DEFAULT_MODEL_POOL", "with a space"),
+        ("WASH_STEP_SECONDS", "0"),
+        ("WASH_SAME_TENANT", "none"),
+        ("CERTIFICATES_KEPT", "0"),
         ("GPU_MEMORY_UTILIZATION", "0"),
         ("GPU_MEMORY_UTILIZATION", "1.1"),
         ("MAX_BODY_BYTES", "10"),
@@ -226,3 +233,5 @@ def test_rules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(number))
     rules = Settings().rules()
     assert rules == Rules(**{name: number for number, name in enumerate(names.values(), start=11)})
+    monkeypatch.setenv("WASH_SAME_TENANT", "light")
+    assert Settings().rules() == replace(rules, light_wash=True)

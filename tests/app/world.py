@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from gpu_server.certificates import NodeSeal
 from gpu_server.core import events as ev
 from gpu_server.core.effects import Effect
 from gpu_server.core.node import Node
@@ -30,15 +31,18 @@ from gpu_server.drivers.spool import Spool
 from gpu_server.engine import Engine, Submission
 from gpu_server.inputs import Inputs
 from gpu_server.launch import FindPreset, Launcher
-from gpu_server.ports import Contract, Journal, ModelStore, WorkerSpec
+from gpu_server.ports import Contract, Enclave, Journal, ModelStore, WorkerSpec
 from gpu_server.presets import Preset
 from gpu_server.recovery import recover
+from gpu_server.slot_wash import Equipment
 from gpu_server.streams import Streams
 from tests.app.played_worker import PlayedWorker, Remembering, TaskScript, echo
 from tests.app.reading import Event, all_events, parse
 from tests.fakes.clock import FakeClock
+from tests.fakes.gpu_wash import FakeGates, FakeScrubber
 from tests.fakes.journal import Disk, MemoryJournal
 from tests.fakes.runtime import FakeEngine, FakeRuntime, FakeScript
+from tests.fakes.washing import residue_in
 
 E = TypeVar("E", bound=ev.Event)
 IMAGE = "gpu-server/played:dev"
@@ -70,6 +74,9 @@ class World:
     spool_root: Path
     disk: Disk = field(default_factory=lambda: {table: {} for table in Table})
     models: ModelStore | None = None
+    enclave: Enclave | None = None
+    scrubber: FakeScrubber = field(default_factory=FakeScrubber)
+    gates: FakeGates = field(default_factory=FakeGates)
     killed: bool = False
     boot_id: str = "this boot"
     wall_offset: float = 0.0
@@ -86,6 +93,7 @@ class World:
     engine: Engine = field(init=False)
     runtime: FakeRuntime = field(init=False)
     journal: Journal = field(init=False)
+    seal: NodeSeal = field(init=False)
     spool: Spool = field(init=False)
     inputs: Inputs = field(init=False)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -222,9 +230,7 @@ class World:
     async def washes(self) -> None:
         """Wait until no wash runs."""
         async with asyncio.timeout(20):
-            while self.engine._washes:
-                await asyncio.wait(list(self.engine._washes.values()))
-                await asyncio.sleep(0)
+            await self.engine._washes.settle(20)
 
     async def saw(self, task_id: str, text: str) -> None:
         """Wait until a delta of this text is in the task's stream."""
@@ -270,8 +276,9 @@ async def machine_world(
     machine: FakeEngine | None = None,
     find_preset: FindPreset | None = None,
     models: ModelStore | None = None,
+    enclave: Enclave | None = None,
 ) -> AsyncIterator[World]:
-    """A machine on which no service lives yet."""
+    """A machine on which no service lives yet; the one that does will renew this `enclave`."""
     await asyncio.to_thread(tmp_path.mkdir, exist_ok=True)
     machine = machine or FakeEngine()
     machine.images[IMAGE] = FakeScript(on_term=143)
@@ -288,6 +295,11 @@ async def machine_world(
             find_preset=find_preset,
             spool_root=tmp_path / "kept",
             models=models,
+            enclave=enclave,
+        )
+        (tmp_path / "seal").mkdir(exist_ok=True)
+        world.seal = NodeSeal.open(
+            tmp_path / "seal", enclave=enclave is not None, allow_simulated=enclave is not None
         )
         yield world
         for worker in world.workers.values():
@@ -312,7 +324,7 @@ async def engine_life(world: World, *, journal: Journal | None = None) -> AsyncI
     world.inputs = Inputs(world.spool)
     world.heard = []
     streams = Streams(max_bytes_each=1 << 20, max_bytes_total=1 << 24, spool=world.spool)
-    node = Node(world.rules)
+    node = Node(world.rules, judge=world.seal.judge)
     rebooted = recover(
         node,
         journal=world.journal,
@@ -337,7 +349,14 @@ async def engine_life(world: World, *, journal: Journal | None = None) -> AsyncI
             uid_base=20_000,
         ),
         clock=world.clock,
-        wash_give_up=world.give_up,
+        equipment=Equipment(
+            seal=world.seal,
+            residue=residue_in(world.runtime, world.folders, lambda session_id: engine.served_by(session_id)),
+            scrubber=world.scrubber,
+            gates=world.gates,
+            enclave=world.enclave,
+            give_up=world.give_up,
+        ),
         on_broken=lambda: world.broke.append(engine.broken or ""),
     )
     engine.on_decided = world.decided

@@ -8,6 +8,7 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from os import urandom
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -27,15 +29,21 @@ from gpu_server.sealed.grant import Binding, WorkerKey, open_grant, seal_grant
 from gpu_server.sealed.nsm import Nsm
 from gpu_server.sealed.request import RequestOpener, read_head
 from gpu_server.sealed.software_nsm import SoftwareNsm
+from gpu_server.sealed.wash import encode_record, hash_of, issue
 from tests.app.api_world import KEY
 from tests.app.played_service import Jumping, Played
 from tests.app.played_worker import frame
+from tests.sealed.washes import record
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/0a1b2c3d-0000-4000-8000-000000000001"
 POOL, TENANT = "chat", "acme"
 MEASUREMENTS = {index: bytes([index + 1]) * 48 for index in (0, 1, 2)}
 PCR0 = MEASUREMENTS[0].hex()
 CANARY = "canary-4711"
+FENCE = 8
+"""Of the session's lease; the wash before it has 7."""
+NODE = Ed25519PrivateKey.from_private_bytes(b"n" * 32)
+NODE_KEY = NODE.public_key().public_bytes_raw()
 
 
 def text(data: bytes) -> str:
@@ -85,6 +93,35 @@ class PlayedEnclave:
         return seal_grant(binding, open_recipient(for_recipient, self._key))
 
 
+@dataclass(frozen=True)
+class Washed:
+    """A wash as the service keeps it: its certificate, and the hash of the record in that."""
+
+    raw: bytes
+    h: bytes
+
+    @property
+    def hash(self) -> bytes:
+        return hash_of(self.raw)
+
+
+@cache
+def _enclave_of_washes() -> PlayedEnclave:
+    """One for all: to make its key takes long."""
+    return PlayedEnclave()
+
+
+def washed(
+    enclave: PlayedEnclave | None = None, *, key: Ed25519PrivateKey = NODE, sealed: bool = True, **fields: Any
+) -> Washed:
+    """A certificate of such a record (tests/sealed/washes.py), attested by an enclave that was born after
+    it; with `sealed=False` by none."""
+    raw = encode_record(record(key, **({} if sealed else {"enclave": "not_applicable"}) | fields))
+    h = hash_of(raw)
+    paper = (enclave or _enclave_of_washes()).attest(h, (h,)) if sealed else None
+    return Washed(issue(raw, paper, key), h)
+
+
 @dataclass
 class Task:
     """What the worker made of one request: the service's frames of its answer, each with its number."""
@@ -108,7 +145,8 @@ class SealedService(Played):
     `session`, `answer`: what `GET /api/sessions/{id}` and the opening answer; `chunks`: what the worker says;
     `stream`: the frames of an answer; `cuts`: after how many frames each stream breaks, in turn; `looks`: how
     often a client has to look until the worker shows its key; `refusals`: statuses and codes with which
-    openings are refused first.
+    openings are refused first; `washes`: the certificates that it has, by the hash of their record; `before`
+    and `behind`: those around the session; `attested`: what the enclave's document lists.
     """
 
     def __init__(self, keys: Keys) -> None:
@@ -128,6 +166,25 @@ class SealedService(Played):
         self.ended: list[str] = []
         self.seen = b""
         self.nonces: list[bytes] = []
+        self.washes: dict[bytes, Washed] = {}
+        self.behind: list[Washed] = []
+        self.washed_by(washed())
+
+    def washed_by(self, *washes: Washed) -> None:
+        """These are the washes before the session, of each of its slots, and the enclave lists them."""
+        self.before = [self.keep(wash) for wash in washes]
+        self.attested = [wash.h for wash in washes]
+
+    def keep(self, wash: Washed) -> Washed:
+        """It has this certificate."""
+        self.washes[wash.h] = wash
+        return wash
+
+    def wash(self, **fields: Any) -> Washed:
+        """The session's slot is washed behind it; `fields` of the record are others than they should be."""
+        made = {"fence": FENCE, "prev": [*self.before, *self.behind][-1].hash, **fields}
+        self.behind.append(self.keep(washed(**made)))
+        return self.behind[-1]
 
     def view(self) -> dict[str, Any]:
         shown = {
@@ -140,6 +197,10 @@ class SealedService(Played):
             "worker_key": text(self.worker.public) if self.looks <= 0 else None,
             "error": None,
             "close_reason": None,
+            "gpu_ids": ["0"],
+            "fence": FENCE,
+            "washed_before": [wash.h.hex() for wash in self.before],
+            "washed_after": [wash.h.hex() for wash in self.behind],
         }
         return shown | self.session
 
@@ -161,6 +222,10 @@ class SealedService(Played):
                 if self.refusals:
                     return _refused(*self.refusals.pop(0))
                 return web.json_response(self.answer(await self._open(orjson.loads(body))))
+            case "GET", ["api", "certificates", h]:
+                if (wash := self.washes.get(bytes.fromhex(h))) is None:
+                    return _refused(404, "certificate_not_found")
+                return web.json_response({"certificate": text(wash.raw)})
             case "POST", ["inference"]:
                 return await self._inference(request, body)
             case "GET", ["api", "tasks", task_id, "events"]:
@@ -171,7 +236,7 @@ class SealedService(Played):
     async def _open(self, asked: dict[str, Any]) -> dict[str, Any]:
         nonce, wrapped = b64decode(asked["nonce"]), b64decode(asked["wrapped_key"])
         self.nonces.append(nonce)
-        document = self.enclave.attest(nonce)
+        document = self.enclave.attest(nonce, tuple(self.attested))
         context = {"tenant": TENANT, "pool": POOL}
         binding = Binding(
             tenant=TENANT,
@@ -191,7 +256,7 @@ class SealedService(Played):
             "document": text(document),
             "worker_key": text(self.worker.public),
             "epoch": binding.epoch.hex(),
-            "slots": [],
+            "slots": [text(h) for h in self.attested],
             "mode": "simulated",
         }
 

@@ -28,11 +28,12 @@ from gpu_server.client import (
     SealedStreamBroken,
     SessionEnded,
     TaskEvent,
+    WashNotProven,
     open_sealed,
     waiting,
 )
 from gpu_server.client import sealed as module
-from gpu_server.sealed import attestation
+from gpu_server.sealed import attestation, wash
 from gpu_server.sealed.grant import WorkerKey
 from gpu_server.sealed.software_nsm import SoftwareNsm
 from tests.app.api_world import KEY
@@ -48,6 +49,7 @@ from tests.client.sealed_world import (
     epoch_of,
     sealed_world,
     text,
+    washed,
 )
 
 EXPECTED = Expected(pcr0=PCR0)
@@ -104,7 +106,8 @@ async def test_a_sealed_session() -> None:
         assert service.kms.contexts == [{"tenant": TENANT, "pool": POOL}]
         look, inference = "GET /api/sessions/s_1", "POST /inference"
         start, end = "POST /api/sessions", "DELETE /api/sessions/s_1"
-        assert asked(service) == [start, *[look] * 3, f"{start}/s_1/open", inference, inference, end]
+        wash = f"GET /api/certificates/{service.before[0].h.hex()}"
+        assert asked(service) == [start, *[look] * 3, f"{start}/s_1/open", wash, inference, inference, end]
 
 
 async def test_a_session_to_keep() -> None:
@@ -128,14 +131,24 @@ async def test_by_model_and_preset() -> None:
         assert b'"model_id":"m","task_preset":"p"' in service.bodies[0]
 
 
+def trust(monkeypatch: pytest.MonkeyPatch, nsm: SoftwareNsm) -> None:
+    """The root of this one is AWS's."""
+    fingerprint = attestation.hashlib.sha256(nsm.root).digest()
+    monkeypatch.setattr(attestation, "AWS_ROOT_SHA256", fingerprint)
+    for verify in (attestation.verify, wash.verify_certificate):
+        monkeypatch.setitem(verify.__kwdefaults__, "roots", (fingerprint,))
+
+
 async def test_isolated_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document below the trusted root is `isolated-worker`, whatever the answer claims of itself."""
     nsm = SoftwareNsm(MEASUREMENTS)
-    fingerprint = attestation.hashlib.sha256(nsm.root).digest()
-    monkeypatch.setattr(attestation, "AWS_ROOT_SHA256", fingerprint)
-    monkeypatch.setitem(attestation.verify.__kwdefaults__, "roots", (fingerprint,))
+    trust(monkeypatch, nsm)
     async with sealed_world() as (client, service):
         service.enclave = PlayedEnclave(nsm)
+        with pytest.raises(WashNotProven) as unproven:  # a simulated enclave vouches for the wash
+            await opened(client, service, allow_simulated=False)
+        assert unproven.value.reason == "document"
+        service.washed_by(washed(PlayedEnclave(nsm)))
         async with await opened(client, service, allow_simulated=False) as session:
             assert session.assurance == "isolated-worker"
             assert said(await submit(session)) == ["hello", CANARY, "again"]
@@ -148,10 +161,9 @@ async def test_a_signed_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate that signed the program may be pinned alone, also several of them."""
     signed = {**MEASUREMENTS, 8: bytes([8]) * 48}
     nsm = SoftwareNsm(signed)
-    fingerprint = attestation.hashlib.sha256(nsm.root).digest()
-    monkeypatch.setattr(attestation, "AWS_ROOT_SHA256", fingerprint)
-    monkeypatch.setitem(attestation.verify.__kwdefaults__, "roots", (fingerprint,))
+    trust(monkeypatch, nsm)
     async with sealed_world() as (client, service):
+        service.washed_by(washed(PlayedEnclave(nsm)))
         service.enclave = PlayedEnclave(nsm)
         for values in (signed[8].hex(), [PCR0, signed[8].hex()]):
             async with await opened(
@@ -345,7 +357,7 @@ async def test_a_document_of_another_enclave() -> None:
     """A good document of an enclave that did not make the grant leads nowhere: no worker can open what is
     sealed then."""
     async with sealed_world() as (client, service):
-        document(lambda s: PlayedEnclave().attest(s.nonces[-1]))(service)
+        document(lambda s: PlayedEnclave().attest(s.nonces[-1], tuple(s.attested)))(service)
         async with await opened(client, service) as session:
             with pytest.raises(Refused) as refused:
                 await submit(session)
@@ -366,16 +378,10 @@ async def test_a_worker_key_that_is_no_point() -> None:
 
 async def test_slots_that_are_attested() -> None:
     """Wash records that are in the document are accepted."""
-    record = urandom(32)
     async with sealed_world() as (client, service):
-
-        def twist(true: dict[str, Any]) -> dict[str, Any]:
-            with_record = service.enclave.attest(service.nonces[-1], (record, urandom(32)))
-            return true | {"document": text(with_record), "slots": [text(record)]}
-
-        service.answer = twist
+        service.attested.append(urandom(32))
         async with await opened(client, service) as session:
-            assert session.attestation.slots[0] == record
+            assert list(session.attestation.slots) == service.attested
 
 
 # -- waiting ----------------------------------------------------------------------------------------------

@@ -38,26 +38,24 @@ class Stage:
     async def attested(self, nonce: bytes = NONCE) -> Attestation:
         return verify(await self.enclave.attest(nonce), nonce=nonce, pcrs=self.pcrs, allow_simulated=True)
 
-    async def grant(self, worker_key: bytes, for_recipient: bytes, **changed: str | bytes) -> bytes:
-        names = {
-            "tenant": "acme",
-            "pool": "chat",
-            "kms_key_arn": ARN,
-            "session_id": "s_1",
-            "wrapped_key": b"w",
-        }
-        return await self.enclave.grant(
-            worker_key=worker_key,
-            for_recipient=for_recipient,
-            **{**names, **changed},  # type: ignore[arg-type]
-        )
-
     async def end(self) -> None:
         if isinstance(self.enclave, FakeEnclave):
             self.enclave.down = "ended"
         else:
             assert isinstance(self.enclave, EnclaveSupervisor)
             await self.enclave.stop()
+
+
+def binding(epoch: bytes, worker_key: bytes) -> Binding:
+    return Binding(
+        tenant="acme",
+        pool="chat",
+        kms_key_arn=ARN,
+        session_id="s_1",
+        epoch=epoch,
+        worker_key=worker_key,
+        wrapped_key=b"w",
+    )
 
 
 @asynccontextmanager
@@ -111,28 +109,17 @@ async def test_a_grant_opens_at_its_worker(stage: Stage) -> None:
     """KMS's answer becomes a grant that only this worker opens, to the key that the client computes too."""
     attested, worker = await stage.attested(), WorkerKey.generate()
     assert attested.public_key is not None
-    grant = await stage.grant(worker.public, make_recipient(DATA_KEY, attested.public_key))
-    binding = Binding(
-        tenant="acme",
-        pool="chat",
-        kms_key_arn=ARN,
-        session_id="s_1",
-        epoch=attested.epoch,
-        worker_key=worker.public,
-        wrapped_key=b"w",
-    )
-    assert open_grant(binding, grant, worker) == binding.psk(DATA_KEY)
+    bound = binding(attested.epoch, worker.public)
+    grant = await stage.enclave.grant(bound, make_recipient(DATA_KEY, attested.public_key))
+    assert open_grant(bound, grant, worker) == bound.psk(DATA_KEY)
 
 
 async def test_refusals(stage: Stage) -> None:
-    """What cannot be opened and what is no name are refused with their codes; health stays."""
-    worker = WorkerKey.generate().public
+    """What cannot be opened and what is no nonce are refused with their codes; health stays."""
+    bound = binding((await stage.attested()).epoch, WorkerKey.generate().public)
     with pytest.raises(EnclaveRefused) as cannot_open:
-        await stage.grant(worker, b"nonsense")
+        await stage.enclave.grant(bound, b"nonsense")
     assert cannot_open.value.code == "DECRYPT"
-    with pytest.raises(EnclaveRefused) as malformed:
-        await stage.grant(worker, b"nonsense", tenant="a tenant")
-    assert malformed.value.code == "MALFORMED"
     with pytest.raises(EnclaveRefused) as nonce:
         await stage.enclave.attest(b"short")
     assert nonce.value.code == "MALFORMED"
@@ -155,4 +142,74 @@ async def test_one_that_is_down(stage: Stage) -> None:
     with pytest.raises(EnclaveDown):
         await stage.enclave.attest(NONCE)
     with pytest.raises(EnclaveDown):
-        await stage.grant(bytes(32), b"x")
+        await stage.enclave.grant(binding(bytes(16), bytes(32)), b"x")
+    renewal = stage.enclave.renew(("gpu0",))
+    with pytest.raises(EnclaveDown):
+        await renewal.booted()
+
+
+# -- renewals ---------------------------------------------------------------------------------------------
+
+
+async def test_a_wash_renews_it(stage: Stage) -> None:
+    """A fresh one boots, and waits without a key for the wash's records; its documents name them. What is no
+    record is refused, before it could spoil the restart for others."""
+    old = (await stage.attested()).epoch
+    renewal = stage.enclave.renew(("gpu0", "gpu1"))
+    figures = await renewal.booted()
+    assert figures["old"] == "terminated"
+    assert not stage.enclave.health.healthy
+    assert stage.enclave.health.epoch is None
+    with pytest.raises(EnclaveDown, match="restarted by a wash"):
+        await stage.enclave.attest(NONCE)
+    with pytest.raises(EnclaveDown):
+        await stage.enclave.grant(binding(old, bytes(32)), b"x")
+    with pytest.raises(EnclaveRefused) as refused:
+        await renewal.attest("gpu0", b"short")
+    assert refused.value.code == "MALFORMED"
+    with pytest.raises(ValueError, match="gpu7"):
+        await renewal.attest("gpu7", b"h" * 32)
+    records = {"gpu0": b"0" * 32, "gpu1": b"1" * 32}
+    documents = await asyncio.gather(*(renewal.attest(slot, found) for slot, found in records.items()))
+    for document, nonce in zip(documents, records.values(), strict=True):
+        attested = verify(document, nonce=nonce, pcrs=stage.pcrs, allow_simulated=True)
+        assert sorted(attested.slots) == [b"0" * 32, b"1" * 32]
+        assert attested.epoch == stage.enclave.health.epoch != old
+    renewal.leave()
+    assert stage.enclave.restarts == 1
+    with pytest.raises(EnclaveDown, match="another key"):
+        await stage.enclave.grant(binding(old, bytes(32)), b"x")
+
+
+async def test_washes_share_a_restart(stage: Stage) -> None:
+    """Two that overlap have one restart, and the key waits for both; one that leaves is not waited for."""
+    first, second, third = (stage.enclave.renew((f"gpu{number}",)) for number in range(3))
+    for renewal in (first, second, third):
+        await renewal.booted()
+    async with asyncio.TaskGroup() as group:
+        one = group.create_task(first.attest("gpu0", b"0" * 32))
+        two = group.create_task(second.attest("gpu1", b"1" * 32))
+        third.leave()
+        third.leave()
+    for task, nonce in ((one, b"0" * 32), (two, b"1" * 32)):
+        attested = verify(task.result(), nonce=nonce, pcrs=stage.pcrs, allow_simulated=True)
+        assert sorted(attested.slots) == [b"0" * 32, b"1" * 32]
+    first.leave()
+    second.leave()
+    assert stage.enclave.restarts == 1
+    with pytest.raises(EnclaveDown, match="left"):
+        await third.attest("gpu2", b"2" * 32)
+
+
+async def test_a_later_wash_has_a_restart_of_its_own(stage: Stage) -> None:
+    """A key that has been made is for nobody who comes later."""
+    epochs = []
+    for number in range(2):
+        renewal = stage.enclave.renew(("gpu0",))
+        await renewal.booted()
+        nonce = bytes([number + 1]) * 32
+        document = await renewal.attest("gpu0", nonce)
+        renewal.leave()
+        epochs.append(verify(document, nonce=nonce, pcrs=stage.pcrs, allow_simulated=True).epoch)
+    assert epochs[0] != epochs[1]
+    assert stage.enclave.restarts == 2

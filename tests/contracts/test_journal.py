@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_server.core.rows import Change, Row, Table
+from gpu_server.core.rows import STATE_TABLES, Change, Row, Table
 from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.ports import Journal, JournalFailing
 from tests.fakes.journal import MemoryJournal
@@ -100,7 +100,7 @@ class Word(StrEnum):
 
 def test_a_new_journal_is_empty(stage: Stage) -> None:
     """Every table is there, without rows, and nothing fails."""
-    assert stage.journal.load() == {table: {} for table in Table}
+    assert stage.journal.load() == {table: {} for table in STATE_TABLES}
     assert stage.journal.failing is None
     assert not stage.journal.wants_checkpoint
 
@@ -207,7 +207,7 @@ Batches = st.lists(
 def test_every_history_ends_as_in_a_dictionary(kind: str, batches: list[tuple[bool, list[Change]]]) -> None:
     """Whatever is written in whatever portions, and whichever of them fail at first: the rows and their order
     are as if each change had been made at once."""
-    expected: dict[Table, dict[str, Row]] = {table: {} for table in Table}
+    expected: dict[Table, dict[str, Row]] = {table: {} for table in STATE_TABLES}
     with staged(kind) as stage:
         for fails, batch in batches:
             if fails:
@@ -226,6 +226,92 @@ def test_every_history_ends_as_in_a_dictionary(kind: str, batches: list[tuple[bo
     assert {table: list(rows.items()) for table, rows in loaded.items()} == {
         table: list(rows.items()) for table, rows in expected.items()
     }
+
+
+# -- certificates -----------------------------------------------------------------------------------------
+
+
+def certificate(number: int, slot_id: str = "g0") -> Change:
+    row = {"slot_id": slot_id, "fence": number, "certificate": "aGVsbG8="}
+    return Change(table=Table.CERTIFICATES, id=f"{number:064x}", row=row)
+
+
+def fences(journal: Journal, slot_id: str, limit: int = 100) -> list[int]:
+    return [row["fence"] for row in journal.certificates(slot_id, limit)]
+
+
+def test_certificates_are_no_part_of_the_state(stage: Stage) -> None:
+    """They are written with the rest, are found by the hash of their record, and are never loaded."""
+    stage.journal.write([put("a"), certificate(1), certificate(2)])
+    stage.reopen()
+    assert stage.journal.load() == {**{table: {} for table in STATE_TABLES}, Table.TASKS: {"a": {"id": "a"}}}
+    assert stage.journal.certificate(f"{2:064x}") == certificate(2).row
+    assert stage.journal.certificate(f"{3:064x}") is None
+    assert stage.journal.certificate("") is None
+
+
+def test_the_newest_certificates_of_a_slot(stage: Stage) -> None:
+    """Those of this slot alone, as many as are asked for, the newest last, also in another life."""
+    for number in range(1, 7):
+        stage.journal.write([certificate(number, f"g{number % 2}")])
+    stage.reopen()
+    assert fences(stage.journal, "g0") == [2, 4, 6]
+    assert fences(stage.journal, "g1", 2) == [3, 5]
+    assert fences(stage.journal, "g1", 0) == fences(stage.journal, "g2") == []
+
+
+def test_pruning_keeps_the_newest_of_each_slot(stage: Stage) -> None:
+    """The others are gone for good, and nothing else is; with fewer than that there is nothing to do."""
+    stage.journal.write([put("a"), *(certificate(n, f"g{n % 2}") for n in range(1, 10))])
+    stage.journal.write([certificate(10, "g2")])
+    stage.journal.prune(2)
+    stage.journal.prune(2)
+    stage.reopen()
+    assert (fences(stage.journal, "g0"), fences(stage.journal, "g1")) == ([6, 8], [7, 9])
+    assert fences(stage.journal, "g2") == [10]
+    assert stage.journal.certificate(f"{1:064x}") is None
+    assert ids(stage.journal) == ["a"]
+    stage.journal.write([certificate(11)])
+    stage.journal.prune(1)
+    assert fences(stage.journal, "g0") == [11]
+
+
+def test_pruning_fails_as_a_write_does(stage: Stage) -> None:
+    """What was to be dropped is dropped with the next write that succeeds."""
+    stage.journal.write([certificate(1), certificate(2)])
+    stage.break_down()
+    with pytest.raises(JournalFailing):
+        stage.journal.prune(1)
+    stage.mend()
+    assert fences(stage.journal, "g0") == [1, 2]
+    stage.journal.write(())
+    assert fences(stage.journal, "g0") == [2]
+
+
+def test_what_was_written_can_be_secured(stage: Stage) -> None:
+    """As often as one likes, whether or not there is anything new."""
+    stage.journal.secure()
+    stage.journal.write([certificate(1)])
+    stage.journal.secure()
+    stage.journal.checkpoint()
+    stage.journal.secure()
+    assert fences(stage.journal, "g0") == [1]
+
+
+def test_nothing_is_secure_while_a_write_is_pending(stage: Stage) -> None:
+    """A certificate that could not be written yet is not on the disk, so `secure` fails until it is."""
+    stage.break_down()
+    with pytest.raises(JournalFailing):
+        stage.journal.write([certificate(1)])
+    with pytest.raises(JournalFailing):
+        stage.journal.secure()
+    stage.mend()
+    with pytest.raises(JournalFailing):
+        stage.journal.secure()
+    assert stage.journal.certificate(f"{1:064x}") is None
+    stage.journal.write(())
+    stage.journal.secure()
+    assert stage.journal.certificate(f"{1:064x}") is not None
 
 
 # -- tidying up -------------------------------------------------------------------------------------------
@@ -247,6 +333,14 @@ def test_a_closed_journal_takes_nothing(stage: Stage) -> None:
     stage.journal.close()
     stage.journal.close()
     stage.journal.checkpoint()
+    with pytest.raises(JournalFailing):
+        stage.journal.secure()
+    with pytest.raises(JournalFailing):
+        stage.journal.certificate("")
+    with pytest.raises(JournalFailing):
+        stage.journal.certificates("g0", 1)
+    with pytest.raises(JournalFailing):
+        stage.journal.prune(1)
     with pytest.raises(JournalFailing):
         stage.journal.write([put("b")])
     assert stage.journal.failing

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from dataclasses import replace
 
 import pytest
 
 from gpu_server.drivers.process import ProcessRuntime
 from gpu_server.ports import (
     Contract,
+    EndedLease,
+    NotSeen,
     OutputLost,
     RuntimeUnreachable,
     StartRefused,
@@ -365,3 +369,51 @@ async def test_what_a_sealed_worker_writes_is_read_by_nobody(stage: Stage, scrip
     found = await reattached(second, staying.name)
     assert found.exit is None
     assert await read_all(found) == nothing
+
+
+async def test_what_a_worker_has_is_seen_gone(stage: Stage) -> None:
+    """Asked while it is there, running or not, a worker's belongings name it; when it was removed, no cleaner
+    finds anything of it, or says that it cannot see."""
+    runtime, _ = await stage.open()
+    assert await runtime.belongings("s_none-1") is None
+    spec = stage.spec("stays")
+    worker = await runtime.create(spec)
+    belongings = await runtime.belongings(spec.name)
+    assert belongings is not None
+    assert belongings.container_id == worker.container_id
+    await runtime.start(spec.name)
+    await until_up(worker)
+    assert await runtime.belongings(spec.name) == belongings
+    await runtime.remove(spec.name, grace=0)
+    assert await runtime.belongings(spec.name) is None
+    lease = EndedLease(session_id="s_1", fence=1, slot_ids=("cpu-0",), belongings=belongings)
+    for cleaner in runtime.cleaners():
+        with contextlib.suppress(NotSeen):
+            assert await cleaner.look(lease) == 0
+            await cleaner.remove(lease)
+
+
+async def test_another_instances_worker_is_not_told_of(stage: Stage) -> None:
+    """What it has is its own instance's to know."""
+    runtime, _ = await stage.open()
+    other, _ = await stage.open("another")
+    spec = stage.spec("hello")
+    await runtime.create(spec)
+    assert await other.belongings(spec.name) is None
+
+
+async def test_cleaning_after_one_worker_leaves_another_alone(stage: Stage) -> None:
+    """Not only where there is nothing to do: a worker of another session runs on."""
+    runtime, _ = await stage.open()
+    gone, stays = stage.spec("stays"), stage.spec("waits", "s_2")
+    for spec in (gone, stays):
+        await until_up(await started(runtime, spec))
+    belongings = await runtime.belongings(gone.name)
+    await runtime.remove(gone.name, grace=0)
+    without = EndedLease(session_id=None, fence=2, slot_ids=("cpu-0",))
+    for lease in (replace(without, session_id="s_1", belongings=belongings), without):
+        for cleaner in runtime.cleaners():
+            with contextlib.suppress(NotSeen):
+                await cleaner.remove(lease)
+    (seen,) = await runtime.list_workers()
+    assert (seen.name, seen.running) == (stays.name, True)

@@ -12,9 +12,18 @@ from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core.errors import FailureCode
 from gpu_server.core.node import Node
-from gpu_server.core.sessions import CloseReason, RequestKey, SealedUse, Sealing, TaskType, Workload
-from gpu_server.core.slots import SlotSpec, SlotState, Tier
+from gpu_server.core.sessions import (
+    FAILED_REASONS,
+    CloseReason,
+    RequestKey,
+    SealedUse,
+    Sealing,
+    TaskType,
+    Workload,
+)
+from gpu_server.core.slots import NO_CERTIFICATE, SlotSpec, SlotState, Tier, WashTier
 from tests.core.invariants import must
+from tests.core.papers import judge
 
 STATE_OF_NOW = ("queue", "progress")  # events without a number
 
@@ -27,6 +36,21 @@ class SlotBook:
     holder: str | None = None
     wash: int | None = None  # the wash that was ordered last, while it may still pass
     faulty: bool = False
+    prev: bytes = NO_CERTIFICATE  # its newest certificate, and the record in it
+    head: bytes = NO_CERTIFICATE
+    pending: bytes | None = None  # what is to be on the disk before the slot is free
+    tier: WashTier = WashTier.FULL  # of the wash that was ordered, then of its certificate
+    kept_for: str | None = None
+    tenant: str | None = None  # who had it last
+
+    def will_serve(self, who: SessionBook) -> bool:
+        """Whether this session could have it, once its wash has passed where it is being washed."""
+        last = self.kept_for if self.state is SlotState.FREE else self.tenant if self.is_light else None
+        return who.tier in self.spec.tiers and last in (None, who.only_after) and not self.faulty
+
+    @property
+    def is_light(self) -> bool:
+        return self.tier is WashTier.LIGHT
 
 
 @dataclass
@@ -70,6 +94,15 @@ class SessionBook:
     quiet_since: float = 0.0
     order: list[str] = field(default_factory=list)  # its unfinished tasks, as they were submitted
     in_worker: list[str] = field(default_factory=list)
+    taken: int = 0  # tasks, in its life
+    washed_before: tuple[str, ...] = ()
+    washed_after: tuple[str, ...] = ()
+    prefetched: bool = False  # in this life of the service
+
+    @property
+    def only_after(self) -> str | None:
+        """Whose slots it may have that were not scrubbed."""
+        return self.tenant if self.sealing is None else None
 
 
 @dataclass
@@ -80,6 +113,8 @@ class Wash:
     session_id: str | None
     fence: int
     left: list[str]
+    tier: WashTier
+    prevs: dict[str, bytes]
     gone: bool = False
 
 
@@ -94,7 +129,7 @@ class Books:
         self.sessions: dict[str, SessionBook] = {}
         self.washes: list[Wash] = []
         self.fence = 0
-        self.started: dict[tuple[int, Tier], int] = {}
+        self.started: dict[tuple[object, ...], int] = {}
         self.submitted = 0
         self.wash_count = 0
         self.shutting_down = False
@@ -109,6 +144,7 @@ class Books:
             (session_id, book)
             for session_id, book in self.sessions.items()
             if book.leased_at is None and not book.gave_up and (book.order or book.asked_for)
+            if book.order or not (book.workload.wash_per_task and book.taken)
         ]
 
     def unfinished(self) -> list[str]:
@@ -195,6 +231,9 @@ class Books:
             self._book_session(session_id, event, event.task_type, asked_for=False, key=None)
         self.tasks[event.task_id] = TaskBook(session_id, event.tenant, event.detached, event.key)
         self.sessions[session_id].order.append(event.task_id)
+        self.sessions[session_id].taken += 1
+        per_task = event.workload.wash_per_task and self.sessions[session_id].taken > 1
+        must(not per_task, "a second task without a wash between them:", event, self.sessions[session_id])
         self._book_sealed_task(event, self.sessions[session_id])
         must(self.sessions[session_id].tenant == event.tenant, "a task in another's session:", event)
 
@@ -246,18 +285,21 @@ class Books:
 
     def _book_slot_event(self, event: ev.Event, wash: int | None) -> None:
         match event:
-            case ev.WashPassed():
-                slot = self.slots[event.certificate.slot_id]
-                fits = wash is not None and slot.wash == wash and slot.state is SlotState.WASHING
-                must(fits, "a slot was freed by a certificate of no wash that runs:", event, slot)
-                slot.state = SlotState.QUARANTINED if slot.faulty else SlotState.FREE
-                slot.wash = slot.holder = None
+            case ev.CertificateIssued():
+                self._book_certificate(event, wash)
+            case ev.CertificateSecured():
+                slot = self.slots[event.slot_id]
+                if slot.state is SlotState.WASHING and slot.pending == event.certificate_hash:
+                    slot.state = SlotState.QUARANTINED if slot.faulty else SlotState.FREE
+                    if slot.state is SlotState.FREE and slot.is_light:
+                        slot.kept_for = slot.tenant
+                    slot.wash = slot.holder = slot.pending = None
             case ev.WashFailed():
                 for slot_id in event.slot_ids:
                     slot = self.slots[slot_id]
                     if slot.wash == wash and slot.state is SlotState.WASHING:
                         slot.state, slot.faulty = SlotState.QUARANTINED, True
-                        slot.wash = slot.holder = None
+                        slot.wash = slot.holder = slot.pending = None
                 if event.session_id is not None:
                     self.sessions[event.session_id].closed = True
             case ev.SlotChecked():
@@ -265,11 +307,27 @@ class Books:
                 if slot.state is not SlotState.QUARANTINED:
                     slot.faulty = event.fault is not None
                     if slot.faulty and slot.state is SlotState.FREE:
-                        slot.state = SlotState.QUARANTINED
+                        slot.state, slot.kept_for = SlotState.QUARANTINED, None
             case ev.SlotWashOrdered():
                 slot = self.slots[event.slot_id]
                 must(slot.state is SlotState.QUARANTINED, "washed out of turn:", slot)
                 slot.faulty = False
+
+    def _book_certificate(self, event: ev.CertificateIssued, wash: int | None) -> None:
+        certificate = judge(event.certificate)
+        must(certificate.slot_id in self.slots, "a certificate of no wash that runs was taken:", event)
+        slot = self.slots[certificate.slot_id]
+        fits = wash is not None and slot.wash == wash and slot.state is SlotState.WASHING
+        must(fits, "a certificate of no wash that runs was taken:", event, slot)
+        must(slot.pending is None, "a second certificate for one wash:", event, slot)
+        must(certificate.slot_uuid == slot.spec.uuid, "another device's certificate:", event, slot)
+        must(certificate.prev == slot.prev, "the slot's chain is broken:", event, slot)
+        enough = slot.is_light or certificate.tier is WashTier.FULL
+        must(enough, "less was washed than was ordered:", event, slot)
+        slot.tier, slot.head = certificate.tier, certificate.record_hash
+        slot.prev = slot.pending = certificate.hash
+        if slot.holder is not None:
+            self.sessions[slot.holder].washed_after += (certificate.record_hash.hex(),)
 
     # -- what an effect means
 
@@ -282,6 +340,9 @@ class Books:
                 self._book_wash(effect, busy_before)
             case fx.SendTask():
                 self._book_sent(effect)
+            case fx.SecureCertificate():
+                slot = self.slots[effect.slot_id]
+                must(slot.pending == effect.certificate_hash, "nobody waits for this:", effect, slot)
             case fx.CancelTask():
                 at_work = effect.task_id in self.sessions[effect.session_id].in_worker
                 must(at_work, "a task is cancelled in a worker that does not have it:", effect)
@@ -293,6 +354,11 @@ class Books:
     def book_news(self, effect: fx.Effect) -> None:
         """What somebody hears, or what is not needed any more."""
         match effect:
+            case fx.PrefetchModel():
+                session = self.sessions[effect.session_id]
+                must(session.leased_at is None, "fetched ahead for one who does not wait:", effect)
+                must(not session.prefetched, "fetched ahead twice:", effect)
+                session.prefetched = True
             case fx.Publish():
                 self._book_published(effect)
             case fx.FinishTask():
@@ -317,8 +383,14 @@ class Books:
             slot = self.slots[slot_id]
             must(slot.state is SlotState.FREE, "a slot was leased that is not free:", effect, slot)
             must(session.tier in slot.spec.tiers, "a slot of the wrong tier:", effect, slot)
+            kept = slot.kept_for not in (None, session.only_after)
+            must(not kept, "a slot that is kept for somebody else:", effect, slot)
             slot.state, slot.holder = SlotState.LEASED, effect.session_id
-        need = (session.workload.gpus, session.tier)
+            slot.tenant, slot.kept_for = session.tenant, None
+        session.washed_before = tuple(self.slots[slot_id].head.hex() for slot_id in effect.slot_ids)
+        # Where slots are kept for tenants, their needs differ by that too.
+        need: tuple[object, ...] = (session.workload.gpus, session.tier)
+        need += (session.only_after,) if self.node.rules.light_wash else ()
         in_order = self.started.get(need, -1) < session.joined
         must(in_order, "the line was overtaken by one with the same needs:", effect, session)
         self.started[need] = session.joined
@@ -335,10 +407,19 @@ class Books:
             else:
                 must(slot.state is not SlotState.LEASED, "a leased slot is washed:", effect, slot)
                 must(effect.fence > self.fence, "the fence did not grow:", effect, self.fence)
+                if slot.state is SlotState.FREE:
+                    self._must_be_asked_for(effect, slot)
+        must(effect.prevs == self.prevs(effect.slot_ids), "not what these slots' chains end with:", effect)
         if effect.session_id is None:
             self.fence = effect.fence
+            must(effect.tier is WashTier.FULL and effect.tenant is None, "a light wash after nobody:", effect)
         else:
             session = self.sessions[effect.session_id]
+            must(effect.tier is self.tier_after(effect.session_id), "washed otherwise than ordered:", effect)
+            must(effect.tenant == session.tenant, "washed after another tenant:", effect)
+            if self.node.sessions[effect.session_id].close_reason is CloseReason.TASK_DONE:
+                done = session.workload.wash_per_task and session.taken and not session.order
+                must(bool(done), "it has not had its task:", effect, session)
             must(not session.washed, "washed twice:", effect)
             if isinstance(self.event, ev.DrainOrdered):
                 must(effect.session_id not in busy_before, "a drain cut work off:", effect, session)
@@ -351,11 +432,34 @@ class Books:
                 must(quiet >= self.node.rules.idle_timeout, f"it idled out after {quiet} s:", effect)
         self.wash_begins(effect)
 
+    def _must_be_asked_for(self, effect: fx.WashSlots, slot: SlotBook) -> None:
+        kept_from = [
+            session_id
+            for session_id, book in self.line()
+            if slot.kept_for not in (None, book.only_after) and book.tier in slot.spec.tiers
+        ]
+        must(bool(kept_from), "a free slot is washed for nobody:", effect, slot)
+
+    def prevs(self, slot_ids: tuple[str, ...]) -> tuple[bytes, ...]:
+        return tuple(self.slots[slot_id].prev for slot_id in slot_ids)
+
+    def tier_after(self, session_id: str) -> WashTier:
+        """How the slots of this session are to be washed at its end."""
+        rules, session = self.node.rules, self.sessions[session_id]
+        kept = rules.light_wash and rules.gpu_wait_max > 0 and rules.gpu_wait_max_tasks > 0
+        plain = session.sealing is None and not session.workload.wash_per_task
+        failed = self.node.sessions[session_id].close_reason in FAILED_REASONS
+        return WashTier.LIGHT if kept and plain and not failed else WashTier.FULL
+
     def wash_begins(self, effect: fx.WashSlots) -> None:
         self.wash_count += 1
-        self.washes.append(Wash(self.wash_count, effect.session_id, effect.fence, list(effect.slot_ids)))
+        prevs = dict(zip(effect.slot_ids, effect.prevs, strict=True))
+        wash = Wash(self.wash_count, effect.session_id, effect.fence, list(prevs), effect.tier, prevs)
+        self.washes.append(wash)
         for slot_id in effect.slot_ids:
-            self.slots[slot_id].state, self.slots[slot_id].wash = SlotState.WASHING, self.wash_count
+            slot = self.slots[slot_id]
+            slot.state, slot.wash, slot.tier = SlotState.WASHING, self.wash_count, effect.tier
+            slot.pending = slot.kept_for = None
         if effect.session_id is not None:
             session = self.sessions[effect.session_id]
             held_slots = [slot for slot in self.slots.values() if slot.holder == effect.session_id]

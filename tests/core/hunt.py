@@ -11,8 +11,10 @@ from gpu_server.core.node import Node
 from gpu_server.core.rows import RowsUnusable
 from gpu_server.core.sessions import Rules
 from gpu_server.core.slots import Slots
+from gpu_server.core.waitline import WaitLine
 from tests.core.invariants import Broken
 from tests.core.machine import NodeMachine
+from tests.core.papers import judge
 
 HISTORIES = settings(
     stateful_step_count=50,
@@ -33,12 +35,13 @@ BEGINNINGS = 10
 
 CAUGHT = (Broken, RowsUnusable)
 
-MakeNode = Callable[[Rules], Node]
+MakeNode = Callable[[Rules], Node] | type[Node]
 
 
-def hunt(make_node: MakeNode, *, inspect: bool = False, cut: bool = False) -> None:
+def hunt(make_node: MakeNode, *, inspect: bool = False, cut: bool = False, light: bool = False) -> None:
     """Drive nodes of this make until one is caught. The histories are the same in every run."""
-    members = {"make_node": staticmethod(make_node), "inspect": inspect, "cut": cut}
+    made = of(make_node) if isinstance(make_node, type) else make_node
+    members = {"make_node": staticmethod(made), "inspect": inspect, "cut": cut, "light": light}
     for beginning in range(BEGINNINGS):
         run_state_machine_as_test(seed(beginning)(type("Planted", (NodeMachine,), members)), settings=HUNT)
 
@@ -47,9 +50,29 @@ def with_slots(slots: type[Slots]) -> MakeNode:
     """Nodes with slots of this kind."""
 
     def make(rules: Rules) -> Node:
-        node = Node(rules)
+        node = Node(rules, judge=judge)
         node.slots = slots()
         return node
+
+    return make
+
+
+def with_line(line: type[WaitLine]) -> MakeNode:
+    """Nodes with a wait line of this kind."""
+
+    def make(rules: Rules) -> Node:
+        node = Node(rules, judge=judge)
+        node.line = line()
+        return node
+
+    return make
+
+
+def of(kind: type[Node]) -> MakeNode:
+    """Nodes of this kind."""
+
+    def make(rules: Rules) -> Node:
+        return kind(rules, judge=judge)
 
     return make
 

@@ -8,7 +8,7 @@ from typing import Any
 from gpu_server.core.errors import Failure
 from gpu_server.core.node import Node
 from gpu_server.core.sessions import CloseReason, Session, SessionState, Task, TaskState, TaskType
-from gpu_server.core.slots import Slot, SlotState, Tier
+from gpu_server.core.slots import NO_CERTIFICATE, Slot, SlotState, Tier, WashTier
 from gpu_server.core.timers import Alarm
 
 SESSION_ALARMS = {Alarm.GPU_WAIT, Alarm.START, Alarm.IDLE, Alarm.LIFETIME, Alarm.DRAIN, Alarm.FORGET_SESSION}
@@ -50,7 +50,8 @@ def snapshot(node: Node) -> str:
     return repr(
         (
             list(node.slots),
-            {tiers: list(ids) for tiers, ids in node.slots._free.items()},
+            {key: list(ids) for key, ids in node.slots._free.items()},
+            (list(node.slots._washing), list(node._issued)),
             node.sessions,
             node.tasks,
             [session.id for session in node.line],
@@ -69,7 +70,8 @@ def durable(node: Node) -> dict[str, Any]:
     stages, places, readers and their deadlines, stories, doubts, workers' words, the order of free slots."""
     return {
         "slots": {slot.spec.id: _kept(slot) for slot in node.slots},
-        "free slots": {tiers: set(ids) for tiers, ids in node.slots._free.items() if ids},
+        "free slots": {key: set(ids) for key, ids in node.slots._free.items()},
+        "washing slots": set(node.slots._washing),
         "slots that serve": {tier: node.slots.serving(tier) for tier in Tier},
         "sessions": [_kept(session) for session in node.sessions.values()],
         "tasks": [_kept(task) for task in node.tasks.values()],
@@ -84,8 +86,8 @@ def durable(node: Node) -> dict[str, Any]:
 
 
 _NOT_KEPT = {
-    Slot: {"doubt", "history"},
-    Session: {"stage", "log_tail", "history"},
+    Slot: {"doubt", "pending", "history"},
+    Session: {"stage", "log_tail", "prefetched", "history"},
     Task: {"position", "readers", "history"},
 }
 _KEPT = {kind: [f.name for f in fields(kind) if f.name not in out] for kind, out in _NOT_KEPT.items()}
@@ -154,6 +156,11 @@ def _check_session(node: Node, session: Session) -> None:
     must(not session.grants or session.worker_key is not None, "a grant to nobody:", session)
     must(len(session.grants) <= node.rules.grants_max, "more grants than are kept:", session)
     must(session.sealed_tasks <= node.rules.sealed_tasks_max, "more sealed tasks than it takes:", session)
+    must(len(session.washed_before) == len(session.slot_ids), "not a certificate for each slot:", session)
+    if session.workload.wash_per_task:
+        must(session.tasks_taken <= 1, "it is washed after every task, and took more:", session)
+        left = session.queue or session.busy or session.tearing_down or session.ended
+        must(bool(left) or session.tasks_taken == 0, "it has had its task:", session)
     if session.task_type is TaskType.ONEOFF:
         must(len(session.queue) + len(session.busy) <= 1, "a one-off session with two tasks:", session)
 
@@ -194,9 +201,21 @@ def _check_task(node: Node, task: Task) -> None:
 
 def _check_slots(node: Node) -> None:
     for slot in node.slots:
-        indexed = [tiers for tiers, ids in node.slots._free.items() if slot.spec.id in ids]
-        wanted = [slot.spec.tiers] if slot.state is SlotState.FREE else []
+        indexed = [key for key, ids in node.slots._free.items() if slot.spec.id in ids]
+        wanted = [(slot.spec.tiers, slot.kept_for)] if slot.state is SlotState.FREE else []
         must(indexed == wanted, "the index of free slots is wrong:", slot, indexed)
+        washing = slot.state is SlotState.WASHING
+        must((slot.spec.id in node.slots._washing) == washing, "the index of washing slots is wrong:", slot)
+        must(slot.pending is None or washing, "a certificate is awaited of a slot that is not washed:", slot)
+        must(slot.pending in (None, slot.prev), "another certificate is awaited than its newest:", slot)
+        must((slot.prev == NO_CERTIFICATE) == (slot.head == NO_CERTIFICATE), "half a certificate:", slot)
+        if slot.state is SlotState.FREE:
+            must(slot.prev != NO_CERTIFICATE, "free without a certificate:", slot)
+            light = slot.tier is WashTier.LIGHT
+            must((slot.kept_for is not None) == light, "kept for the wrong one:", slot)
+            must(slot.kept_for in (None, slot.tenant), "kept for one who was not there:", slot)
+        else:
+            must(slot.kept_for is None, "kept and not free:", slot)
         holders = [s.id for s in node.sessions.values() if holds_slots(s) and slot.spec.id in s.slot_ids]
         if slot.state is SlotState.LEASED:
             must(holders == [slot.holder], "a leased slot with other holders:", slot, holders)
@@ -206,6 +225,7 @@ def _check_slots(node: Node) -> None:
             must(slot.holder is None, "it belongs to nobody:", slot)
         must((slot.fault is not None) or slot.state is not SlotState.QUARANTINED, "no fault:", slot)
         must(slot.fault is None or slot.state is not SlotState.FREE, "free with a fault:", slot)
+    must(all(node.slots._free.values()), "an empty part of the index:", node.slots._free)
     free = sum(slot.state is SlotState.FREE for slot in node.slots)
     must(free == node.slots.free_count, "the count of free slots is wrong:", free)
     numbers = [slot.number for slot in node.slots]

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_server.core.node import Node
-from gpu_server.core.rows import Change, Rows, Table
+from gpu_server.core.rows import STATE_TABLES, Change, Rows, Table
 from gpu_server.core.sessions import Rules
 from tests.core.invariants import durable, must
+from tests.core.papers import judge
 
 
 class Journal:
@@ -28,20 +29,28 @@ class Journal:
                 texts[change.id] = json.dumps(change.row, allow_nan=False)
 
     def replace(self, rows: Rows) -> None:
-        """Hold these rows and no others."""
-        self._texts = {
-            table: {name: json.dumps(row) for name, row in kept.items()} for table, kept in rows.items()
-        }
+        """Hold these rows of a state and no others."""
+        for table, kept in rows.items():
+            self._texts[table] = {name: json.dumps(row) for name, row in kept.items()}
 
     def rows(self) -> dict[Table, dict[str, Any]]:
         """What another life of the service reads."""
         return {
             table: {name: json.loads(text) for name, text in texts.items()}
             for table, texts in self._texts.items()
+            if table in STATE_TABLES
         }
 
+    def certificates(self) -> dict[str, Any]:
+        """What nobody but operators and clients reads."""
+        return {name: json.loads(text) for name, text in self._texts[Table.CERTIFICATES].items()}
 
-def check_cut(node: Node, journal: Journal, make_node: Callable[[Rules], Node] = Node) -> None:
+
+def _new_node(rules: Rules) -> Node:
+    return Node(rules, judge=judge)
+
+
+def check_cut(node: Node, journal: Journal, make_node: Callable[[Rules], Node] = _new_node) -> None:
     """Raises `Broken` unless a node that is made of the journal now is this one, in all that is promised."""
     other = make_node(node.rules)
     other.restore(journal.rows())

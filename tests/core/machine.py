@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
@@ -23,8 +24,9 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import BOTH_TIERS, Certificate, SlotSpec, Tier
+from gpu_server.core.slots import BOTH_TIERS, SlotSpec, Tier, WashTier
 from tests.core.next_life import DEVICES, Death
+from tests.core.papers import judge
 from tests.core.world import World
 
 LOW, HIGH = frozenset({Tier.LOW}), frozenset({Tier.HIGH})
@@ -47,6 +49,9 @@ RULES = [
     Rules(idle_timeout=25, max_lifetime=30, lifetime_grace=20, cancel_grace=8, disconnect_grace=60),
     Rules(max_lifetime=150, ended_tasks_max=3, ended_sessions_max=2, disconnect_grace=10),
     Rules(max_lifetime=400, task_retention=50, **FEW),
+    Rules(max_lifetime=200, idle_timeout=30, light_wash=True, **FEW),
+    Rules(max_lifetime=90, gpu_wait_max=60, gpu_wait_max_tasks=3, light_wash=True),
+    Rules(max_lifetime=200, gpu_wait_max=0, light_wash=True),
 ]
 WORKLOADS = [
     Workload(model_id="m", task_preset="chat", start_timeout=40),
@@ -57,6 +62,7 @@ WORKLOADS = [
     ),
     Workload(model_id="m", task_preset="big", gpus=3, sealed=SealedUse.OFF),
     Workload(model_id="m", task_preset="closed", start_timeout=40, sealed=SealedUse.REQUIRED),
+    Workload(model_id="m", task_preset="once", start_timeout=40, max_concurrent_tasks=2, wash_per_task=True),
 ]
 SEALING = Sealing(kms_key_arn="arn:aws:kms:eu-central-1:111122223333:key/k", pool="chat")
 TENANTS = ["ann", "bob"]
@@ -67,14 +73,31 @@ OOPS = Failure(code=FailureCode.WORKER_EXITED, message="exit code 1", from_worke
 
 PICK = st.integers(0, 7)
 
+LIES: dict[str, dict[str, Any]] = {
+    "fence before": {},
+    "fence after": {},
+    "device": {"slot_uuid": "GPU-other"},
+    "slot": {"slot_id": "g9"},
+    "prev": {"prev": bytes(31) + b"1"},
+    "step": {"result": "failed"},
+    "tier": {"tier": WashTier.LIGHT},
+    "signature": {},
+    "cut off": {},
+}
+
+
+def new_node(rules: Rules) -> Node:
+    return Node(rules, judge=judge)
+
 
 class NodeMachine(RuleBasedStateMachine):
     """The rules by which the world moves. `make_node` and `inspect` are for planted faults; with `cut` the
     node is compared with its journal after every step."""
 
-    make_node: ClassVar[Callable[[Rules], Node]] = Node
+    make_node: ClassVar[Callable[[Rules], Node]] = staticmethod(new_node)
     inspect: ClassVar[bool] = True
     cut: ClassVar[bool] = False
+    light: ClassVar[bool] = False  # only histories in which slots are kept for tenants
 
     world: World
 
@@ -84,6 +107,8 @@ class NodeMachine(RuleBasedStateMachine):
             SlotSpec(id=f"g{i}", uuid=f"GPU-{i}", name="L40S", memory_mb=46068, is_gpu=True, tiers=serves)
             for i, serves in enumerate(tiers)
         ]
+        if self.light:
+            rules = replace(rules, light_wash=True, gpu_wait_max=90.0, session_queue_max=2)
         self.world = World(type(self).make_node, rules, specs, inspect=self.inspect, cut=self.cut)
         self.names = 0
         if clean:
@@ -315,6 +340,24 @@ class NodeMachine(RuleBasedStateMachine):
         for session_id, task_id in self.world.at_work():
             self.world.fact(ev.TaskEnded(session_id=session_id, task_id=task_id, state=TaskState.COMPLETED))
 
+    @precondition(lambda self: self.world.serving())
+    @rule(pick=PICK, then=st.sampled_from([*TENANTS, None]), sealing=st.sampled_from([None, SEALING]))
+    def a_session_ends_well(self, pick: int, then: str | None, sealing: Sealing | None) -> None:
+        """Its slots are clean at once, and perhaps somebody asks for them."""
+        session_id = self.pick(self.world.serving(), pick)
+        tenant = self.world.sessions[session_id].tenant
+        self.world.send(ev.SessionKillRequested(session_id=session_id, tenant=tenant))
+        for wash in [wash for wash in self.world.washes if wash.session_id == session_id]:
+            self.world.wash_to_the_end(wash)
+        if then is not None:
+            self.asks(then, WORKLOADS[0], sealing)
+
+    def asks(self, tenant: str, work: Workload, sealing: Sealing | None) -> None:
+        asked = ev.SessionRequested(
+            session_id=self.name("s"), tenant=tenant, tier=None, workload=work, sealing=sealing
+        )
+        self.world.send(asked)
+
     # -- slots
 
     @precondition(lambda self: self.world.washes)
@@ -330,6 +373,8 @@ class NodeMachine(RuleBasedStateMachine):
         elif how != "gone":
             for slot_id in wash.left[:1] if how == "one passes" else list(wash.left):
                 self.world.wash_passes(wash, slot_id)
+            if pick % 2:
+                self.world.secure_all()
         self.world.forget_finished_washes()
 
     @precondition(lambda self: self.world.washes)
@@ -348,21 +393,45 @@ class NodeMachine(RuleBasedStateMachine):
             self.world.send(ev.SlotChecked(slot_id=slot_id, fault=fault))
 
     @precondition(lambda self: self.world.washes)
-    @rule(pick=PICK, lie=st.sampled_from(["fence", "uuid", "slot"]))
+    @rule(pick=PICK, lie=st.sampled_from(list(LIES)))
     def a_certificate_is_wrong(self, pick: int, lie: str) -> None:
+        """In one thing, where all others are as they should be."""
         wash = self.pick(self.world.washes, pick)
         for slot_id in wash.left:
-            good = self.world.certificate(wash, slot_id)
-            self.world.send(
-                ev.WashPassed(
-                    certificate=Certificate(
-                        kind="teardown",
-                        slot_id=slot_id,
-                        slot_uuid="GPU-other" if lie == "uuid" else good.slot_uuid,
-                        fence=good.fence + (1 if lie == "fence" else -1 if lie == "slot" else 0),
-                    )
-                )
-            )
+            good = self.world.paper(wash, slot_id)
+            if lie == "tier" and wash.tier is WashTier.LIGHT:
+                continue
+            wrong = replace(good, **LIES[lie])
+            if lie == "fence before":
+                wrong = replace(good, fence=good.fence - 1)
+            elif lie == "fence after":
+                wrong = replace(good, fence=good.fence + 1)
+            raw = wrong.signed(b"another's") if lie == "signature" else wrong.signed()
+            self.world.send(ev.CertificateIssued(certificate=raw[:-9] if lie == "cut off" else raw))
+
+    @precondition(lambda self: self.world.old_papers)
+    @rule(pick=st.integers(0, 40))
+    def an_old_certificate_comes_again(self, pick: int) -> None:
+        """Good when it came first, in this life of the service or another."""
+        self.world.send(ev.CertificateIssued(certificate=self.pick(self.world.old_papers, pick)))
+
+    @precondition(lambda self: self.world.reality.unsecured)
+    @rule(pick=PICK, how=st.sampled_from(["well", "well", "another slot", "another hash", "fails"]))
+    def the_disk_answers(self, pick: int, how: str) -> None:
+        """At last; or of something that nobody asked for; or the wash is given up meanwhile."""
+        order = self.pick(self.world.reality.unsecured, pick)
+        slot_id, hash_ = order.slot_id, order.certificate_hash
+        if how == "well":
+            self.world.secure(order)
+        elif how == "fails":
+            fence = self.world.node.slots[slot_id].fence
+            failed = ev.WashFailed(session_id=None, slot_ids=(slot_id,), fence=fence, reason="it was found")
+            self.world.fact(failed, self.world.slots[slot_id].wash)
+        elif how == "another slot":
+            for other in [name for name in self.world.slots if name != slot_id]:
+                self.world.fact(ev.CertificateSecured(slot_id=other, certificate_hash=hash_))
+        else:
+            self.world.fact(ev.CertificateSecured(slot_id=slot_id, certificate_hash=hash_[::-1]))
 
     # -- time, and things out of time
 

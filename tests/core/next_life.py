@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from gpu_server.core import effects as fx
 from gpu_server.core.node import Node
-from gpu_server.core.slots import BOTH_TIERS, SlotSpec, SlotState, Tier
+from gpu_server.core.slots import BOTH_TIERS, NO_CERTIFICATE, SlotSpec, SlotState, Tier, WashTier
 from gpu_server.core.timers import Alarm
 from tests.core.books import Books, SlotBook
 from tests.core.invariants import must
 
 WORK = (fx.StartWorker, fx.AdoptWorker, fx.SendTask, fx.ResumeTask, fx.CancelTask, fx.WashSlots)
-DEVICES = ["same", "same", "same", "missing", "replaced", "added", "other tiers", "shifted"]
+DEVICES = ["same", "same", "same", "missing", "replaced", "added", "other tiers", "shifted", "back", "back"]
 
 Deadlines = Mapping[tuple[Alarm, str], float]
 BySession = Mapping[str | None, list[fx.Effect]]
@@ -32,8 +32,10 @@ class Death:
     again: bool
 
 
-def devices_after(specs: Sequence[SlotSpec], death: Death, fresh: str) -> tuple[SlotSpec, ...]:
-    """The devices of the next life; `fresh` names one that was never there."""
+def devices_after(
+    specs: Sequence[SlotSpec], death: Death, fresh: str, ever: Iterable[SlotSpec]
+) -> tuple[SlotSpec, ...]:
+    """The devices of the next life; `fresh` names one that was never there, `ever` are all that were."""
     found, which = list(specs), death.which % len(specs)
     match death.devices:
         case "missing" if len(found) > 1:
@@ -50,6 +52,10 @@ def devices_after(specs: Sequence[SlotSpec], death: Death, fresh: str) -> tuple[
             ids = [spec.id for spec in found]
             del found[which]
             found = [replace(spec, id=slot_id) for slot_id, spec in zip(ids, found, strict=False)]
+        case "back" if len(found) < 5:
+            there = {spec.id for spec in found} | {spec.uuid for spec in found}
+            away = [spec for spec in ever if spec.id not in there and spec.uuid not in there]
+            found += away[-1:]
     return tuple(found)
 
 
@@ -61,17 +67,31 @@ def lost_slots(books: Books, specs: Iterable[SlotSpec]) -> set[str]:
 
 def must_follow(books: Books, specs: Sequence[SlotSpec], *, rebooted: bool) -> BySession:
     """What is to be done for each session, in this order, and for None the wash of all other slots."""
+    remembered = {
+        name for name, book in books.sessions.items() if book.closed and name in books.node.sessions
+    }
     lost, follows = lost_slots(books, specs), defaultdict[str | None, list[fx.Effect]](list)
     held_by_someone: set[str] = set()
     for name, book in books.sessions.items():
-        if book.leased_at is None or book.closed:
+        if book.leased_at is None or (book.closed and name not in remembered):
             continue
         held = tuple(s for s, slot in books.slots.items() if s not in lost and slot.holder == name)
+        if book.closed and not held:
+            continue
         held = tuple(sorted(held, key=book.slot_ids.index))
         held_by_someone.update(held)
         if book.washed or rebooted or lost.intersection(book.slot_ids):
-            grace = books.node.rules.stop_grace
-            follows[name].append(fx.WashSlots(session_id=name, fence=book.fence, slot_ids=held, grace=grace))
+            follows[name].append(
+                fx.WashSlots(
+                    session_id=name,
+                    fence=book.fence,
+                    slot_ids=held,
+                    grace=books.node.rules.stop_grace,
+                    tier=WashTier.FULL,
+                    prevs=books.prevs(held),
+                    tenant=book.tenant,
+                )
+            )
             continue
         follows[name].append(
             fx.AdoptWorker(session_id=name, fence=book.fence, slot_ids=held, ready=book.is_ready)
@@ -86,7 +106,19 @@ def must_follow(books: Books, specs: Sequence[SlotSpec], *, rebooted: bool) -> B
         for spec in specs
         if spec.id not in held_by_someone and known.get(spec.id) is not SlotState.QUARANTINED
     ]
-    follows[None].append(fx.WashSlots(session_id=None, fence=0, slot_ids=tuple(sorted(rest)), grace=0.0))
+    rest.sort()
+    before = {slot_id: books.slots[slot_id].prev for slot_id in known}
+    follows[None].append(
+        fx.WashSlots(
+            session_id=None,
+            fence=books.fence + 1,
+            slot_ids=tuple(rest),
+            grace=0.0,
+            tier=WashTier.FULL,
+            prevs=tuple(before.get(slot_id, NO_CERTIFICATE) for slot_id in rest),
+            tenant=None,
+        )
+    )
     return follows
 
 
@@ -95,7 +127,11 @@ def by_session(effects: Iterable[fx.Effect]) -> BySession:
     found = defaultdict[str | None, list[fx.Effect]](list)
     for effect in effects:
         if isinstance(effect, fx.WashSlots) and effect.session_id is None:
-            effect = replace(effect, slot_ids=tuple(sorted(effect.slot_ids)))
+            in_order = sorted(zip(effect.slot_ids, effect.prevs, strict=True))
+            slot_ids, prevs = (
+                (tuple(column) for column in zip(*in_order, strict=True)) if in_order else ((), ())
+            )
+            effect = replace(effect, slot_ids=slot_ids, prevs=prevs)
         if isinstance(effect, WORK):
             found[effect.session_id].append(effect)
     return found
@@ -109,18 +145,23 @@ def turn_the_page(books: Books, specs: Sequence[SlotSpec], *, rebooted: bool) ->
         task.readers = 0
     for book in books.sessions.values():
         book.created = book.is_ready  # what was being started may have to be made anew
+        book.prefetched = False
     lost, before = lost_slots(books, specs), books.slots
+    for book in books.sessions.values():
+        if book.leased_at is not None and not book.closed and not book.washed:
+            heads = dict(zip(book.slot_ids, book.washed_before, strict=True))
+            book.washed_before = tuple(head for slot_id, head in heads.items() if slot_id not in lost)
     for spec in specs:
         if spec.id in before and spec.id not in lost:
-            before[spec.id].spec, before[spec.id].wash = spec, None
+            before[spec.id].spec, before[spec.id].wash, before[spec.id].pending = spec, None, None
     books.slots = {
         spec.id: SlotBook(spec) if spec.id in lost or spec.id not in before else before[spec.id]
         for spec in specs
     }
-    living = {name for name, book in books.sessions.items() if not book.closed}
+    living = {name for name, book in books.sessions.items() if not book.closed or name in books.node.sessions}
     for slot in books.slots.values():
         if slot.state is not SlotState.QUARANTINED and slot.holder not in living:
-            slot.state, slot.holder = SlotState.WASHING, None
+            slot.state, slot.holder, slot.kept_for = SlotState.WASHING, None, None
     if rebooted:
         for _, book in books.line():
             book.gave_up = True

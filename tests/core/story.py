@@ -24,9 +24,10 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import BOTH_TIERS, Certificate, Slot, SlotSpec, Tier
+from gpu_server.core.slots import BOTH_TIERS, Slot, SlotSpec, Tier
 from tests.core.invariants import check
 from tests.core.journal import Journal, check_cut
+from tests.core.papers import judge, paper_for
 
 WORK = Workload(model_id="m", task_preset="chat")
 EXIT = Failure(code=FailureCode.WORKER_EXITED, message="exit code 137")
@@ -53,13 +54,14 @@ def devices(slots: Iterable[str | SlotSpec]) -> tuple[SlotSpec, ...]:
 class Story:
     """A node with some slots, its clock, and everything it has said.
 
-    A task `t1` that gets a new session gets session `s1`.
+    A task `t1` that gets a new session gets session `s1`. The wash at the start has the first fence: 0, so
+    that the first lease has 1.
     """
 
     def __init__(
-        self, *slots: str | SlotSpec, washed: bool = True, first_fence: int = 1, **rules: float
+        self, *slots: str | SlotSpec, washed: bool = True, first_fence: int = 0, **rules: float
     ) -> None:
-        self.make_node = partial(Node, first_fence=first_fence)
+        self.make_node = partial(Node, judge=judge, first_fence=first_fence)
         self.node = self.make_node(Rules(**rules))  # type: ignore[arg-type]
         self.now = 1000.0
         self.said: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
@@ -68,7 +70,7 @@ class Story:
         self.tell(ev.NodeStarted(slots=self.specs))
         if washed:
             for spec in self.specs:
-                self.tell(ev.WashPassed(certificate=self.certificate(spec.id)))
+                self.passes(spec.id)
 
     def tell(self, event: ev.Event) -> list[fx.Effect]:
         """Something happens now."""
@@ -220,14 +222,21 @@ class Story:
         session_id = self.task(task_id).session_id
         return self.tell(ev.TaskEnded(session_id=session_id, task_id=task_id, state=state, failure=failure))
 
-    def certificate(self, slot_id: str) -> Certificate:
-        """The certificate that would free this slot now."""
-        slot = self.node.slots[slot_id]
-        return Certificate(kind="teardown", slot_id=slot_id, slot_uuid=slot.spec.uuid, fence=slot.fence)
+    def certificate(self, slot_id: str = "g0", **lies: object) -> bytes:
+        """The certificate that would free this slot now, but for these lies."""
+        return paper_for(self.node.slots[slot_id], **lies).signed()
+
+    def issued(self, slot_id: str = "g0", **lies: object) -> list[fx.Effect]:
+        """The wash of this slot has passed, and its certificate is not on the disk yet."""
+        return self.tell(ev.CertificateIssued(certificate=self.certificate(slot_id, **lies)))
+
+    def secured(self, slot_id: str = "g0") -> list[fx.Effect]:
+        """The newest certificate of this slot is on the disk."""
+        return self.tell(ev.CertificateSecured(slot_id=slot_id, certificate_hash=self.slot(slot_id).prev))
 
     def passes(self, slot_id: str) -> list[fx.Effect]:
-        """The wash of this slot passes."""
-        return self.tell(ev.WashPassed(certificate=self.certificate(slot_id)))
+        """The wash of this slot passes, and its certificate is on the disk."""
+        return self.issued(slot_id) + self.secured(slot_id)
 
     def fails(
         self, *slot_ids: str, session_id: str | None = "s1", fence: int | None = None

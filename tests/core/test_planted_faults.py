@@ -6,7 +6,7 @@ give it away. For `BY_INSPECTION` the state contradicts itself before anyone out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Set
 from typing import Any
 
 import pytest
@@ -15,11 +15,11 @@ from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core.errors import Failure, Refusal
 from gpu_server.core.node import Node
-from gpu_server.core.sessions import CloseReason, Rules, Session, Task, TaskState
-from gpu_server.core.slots import Certificate, Slots, SlotState, Tier
+from gpu_server.core.sessions import CloseReason, Session, Task, TaskState
+from gpu_server.core.slots import Need, Slots, SlotState
 from gpu_server.core.timers import Alarm
 from gpu_server.core.waitline import WaitLine
-from tests.core.hunt import CAUGHT, hunt, names, with_slots
+from tests.core.hunt import CAUGHT, MakeNode, hunt, names, with_line, with_slots
 
 pytestmark = pytest.mark.timeout(300)  # some faults show in the thousandth history only
 
@@ -29,29 +29,10 @@ pytestmark = pytest.mark.timeout(300)  # some faults show in the thousandth hist
 class LeasesTwice(Slots):
     """A leased slot stays in the index of free ones."""
 
-    def lease(self, slot_ids: Any, session_id: str, fence: int) -> None:
+    def lease(self, slot_ids: Any, session_id: str, fence: int, tenant: str) -> None:
         for slot_id in slot_ids:
             slot = self[slot_id]
             slot.state, slot.holder, slot.fence = SlotState.LEASED, session_id, fence
-
-
-class TakesAnyFence(Slots):
-    """A certificate of an earlier wash frees the slot in the middle of this one."""
-
-    def free(self, certificate: Certificate) -> None:
-        slot = self._slots.get(certificate.slot_id)
-        if slot is not None and slot.state is SlotState.WASHING:
-            slot.fence = certificate.fence
-        super().free(certificate)
-
-
-class TakesAnyDevice(Slots):
-    """A certificate of another device frees the slot."""
-
-    def free(self, certificate: Certificate) -> None:
-        uuid = self[certificate.slot_id].spec.uuid
-        fence, slot_id = certificate.fence, certificate.slot_id
-        super().free(Certificate(kind="teardown", slot_id=slot_id, slot_uuid=uuid, fence=fence))
 
 
 class ForgetsFaults(Slots):
@@ -65,30 +46,16 @@ class ForgetsFaults(Slots):
 class IgnoresTiers(Slots):
     """A lease takes any free slot when its own tier has too few."""
 
-    def choose(self, count: int, tier: Tier, reserved: frozenset[str] = frozenset()) -> tuple[str, ...]:
-        chosen = super().choose(count, tier, reserved)
-        if len(chosen) == count:
+    def choose(self, need: Need, reserved: Set[str] = frozenset()) -> tuple[str, ...]:
+        chosen = super().choose(need, reserved)
+        if len(chosen) == need.count:
             return chosen
         free = [
-            slot.spec.id for slot in self if slot.state is SlotState.FREE and slot.spec.id not in reserved
+            slot.spec.id
+            for slot in self
+            if slot.state is SlotState.FREE and slot.kept_for is None and slot.spec.id not in reserved
         ]
-        return tuple(free[:count])
-
-
-class FreesWithoutCertificate(Node):
-    """Once the container is gone its slots are taken for clean."""
-
-    def _container_gone(self, event: ev.ContainerGone, now: float) -> None:
-        super()._container_gone(event, now)
-        session = self.sessions.get(event.session_id)
-        if session is None:
-            return
-        for slot_id in session.slot_ids:
-            slot = self.slots[slot_id]
-            if slot.state is SlotState.WASHING and slot.fence == session.fence and slot.fault is None:
-                self.slots._move(slot_id, SlotState.FREE, "surely clean by now")
-                slot.holder = None
-        self._assign(now)
+        return tuple(free[: need.count])
 
 
 class LeasesWithoutFence(Node):
@@ -117,7 +84,7 @@ class SmallOnesFirst(WaitLine):
 
     def next_start(self, slots: Slots) -> tuple[Session, tuple[str, ...]] | None:
         for session in self:
-            chosen = slots.choose(session.workload.gpus, session.tier)
+            chosen = slots.choose(session.need)
             if len(chosen) == session.workload.gpus:
                 return session, chosen
         return None
@@ -128,15 +95,6 @@ class OnlyTheFirst(WaitLine):
 
     def next_start(self, slots: Slots) -> tuple[Session, tuple[str, ...]] | None:
         return super().next_start(slots) if len(self) == 1 else None
-
-
-def with_line(line: type[WaitLine]) -> Callable[[Rules], Node]:
-    def make(rules: Rules) -> Node:
-        node = Node(rules)
-        node.line = line()
-        return node
-
-    return make
 
 
 class ShutsDownFrontFirst(Node):
@@ -308,13 +266,10 @@ class KillsForAnyone(Node):
         )
 
 
-BY_THE_BOOKS: list[tuple[Callable[[Rules], Node], str]] = [
+BY_THE_BOOKS: list[tuple[MakeNode, str]] = [
     (with_slots(LeasesTwice), "a slot was leased that is not free|do not belong together"),
-    (with_slots(TakesAnyFence), "a slot was freed by a certificate of no wash that runs"),
-    (with_slots(TakesAnyDevice), "a slot was freed by a certificate of no wash that runs"),
     (with_slots(ForgetsFaults), "the books say quarantined|leased that is not free"),
     (with_slots(IgnoresTiers), "a slot of the wrong tier"),
-    (FreesWithoutCertificate, "is free, the books say washing|leased that is not free"),
     (LeasesWithoutFence, "the fence did not grow"),
     (
         with_line(LastComeFirstServed),
@@ -337,7 +292,7 @@ BY_THE_BOOKS: list[tuple[Callable[[Rules], Node], str]] = [
     (RefusalLeavesTraces, "a refused request or certificate changed something"),
     (KillsForAnyone, "killed by another"),
 ]
-BY_INSPECTION: list[tuple[Callable[[Rules], Node], str]] = [
+BY_INSPECTION: list[tuple[MakeNode, str]] = [
     (with_slots(LeasesTwice), "the index of free slots is wrong|leased that is not free|do not belong"),
     (IdlesAtWork, "deadlines|the idle clock runs"),
     (NeverWakes, "needs deadlines"),
@@ -346,14 +301,14 @@ BY_INSPECTION: list[tuple[Callable[[Rules], Node], str]] = [
 
 
 @pytest.mark.parametrize(("make_node", "complaint"), BY_THE_BOOKS, ids=names(BY_THE_BOOKS))
-def test_a_planted_fault_is_seen_from_outside(make_node: Callable[[Rules], Node], complaint: str) -> None:
+def test_a_planted_fault_is_seen_from_outside(make_node: MakeNode, complaint: str) -> None:
     """What the node does gives the fault away, without a look at its state."""
     with pytest.raises(CAUGHT, match=complaint):
         hunt(make_node, inspect=False)
 
 
 @pytest.mark.parametrize(("make_node", "complaint"), BY_INSPECTION, ids=names(BY_INSPECTION))
-def test_a_planted_fault_is_seen_in_the_state(make_node: Callable[[Rules], Node], complaint: str) -> None:
+def test_a_planted_fault_is_seen_in_the_state(make_node: MakeNode, complaint: str) -> None:
     """The state contradicts itself as soon as the fault has been at work."""
     with pytest.raises(CAUGHT, match=complaint):
         hunt(make_node, inspect=True)

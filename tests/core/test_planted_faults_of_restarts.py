@@ -79,7 +79,8 @@ class LosesQuarantine(Node):
         super().restore(kept)
         for slot in self.slots:
             if slot.state is SlotState.QUARANTINED:
-                slot.state, slot.fault = SlotState.WASHING, None
+                self.slots.rewash(slot.spec.id, slot.fence, "why not")
+        self.slots.touched.clear()
 
 
 class ForgetsFences(Node):
@@ -125,9 +126,9 @@ class GivesASecondLife(Node):
 class TrustsOldWashes(Slots):
     """A slot that was free is leased again without a wash."""
 
-    def begin_wash(self, slot_id: str) -> None:
+    def begin_wash(self, slot_id: str, fence: int) -> None:
         if self[slot_id].state is not SlotState.FREE:
-            super().begin_wash(slot_id)
+            super().begin_wash(slot_id, fence)
 
 
 class Adopts(Node):
@@ -232,9 +233,9 @@ BY_THE_BOOKS: list[tuple[MakeNode, str]] = [
     (WritesForReaders, "a reader changed a row"),
     (WritesRefusals, "a refused request or certificate touched a row"),
     (LosesQuarantine, DOES_NOT_FOLLOW),
-    (ForgetsFences, "the fence did not grow"),
+    (ForgetsFences, f"the fence did not grow|{DOES_NOT_FOLLOW}"),
     (ForgetsKeys, "a key stands for something else"),
-    (TurnsTheLineRound, "line was overtaken|slots were taken from one who waits|could start"),
+    (TurnsTheLineRound, "line was overtaken|slots were taken from one who waits|could start|fetched ahead"),
     (GivesASecondLife, "a session outlives its lifetime|it idled out after"),
     (with_slots(TrustsOldWashes), "is free, the books say washing"),
     (SendsAgain, DOES_NOT_FOLLOW),
@@ -242,7 +243,7 @@ BY_THE_BOOKS: list[tuple[MakeNode, str]] = [
     (LeavesResidue, DOES_NOT_FOLLOW),
     (TakesAllForReady, DOES_NOT_FOLLOW),
     (KeepsLostSlots, DOES_NOT_FOLLOW),
-    (DrainsForEver, "a session lives through the shutdown without work"),
+    (DrainsForEver, "a session lives through the shutdown without work|takes no more tasks idles"),
     (CutsOff, "a drain cut work off"),
     (StartsInDoubt, "a session was started while the runtime does not answer"),
     (WaitsForNews, "the first of the line could start"),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from gpu_server.core import events as ev
 from gpu_server.core.admission import owned_session
 from gpu_server.core.node import Node
 from gpu_server.core.rows import Row, Table
-from gpu_server.core.sessions import Rules, Session
-from tests.core.hunt import CAUGHT, hunt, names
+from gpu_server.core.sessions import Session
+from tests.core.hunt import CAUGHT, MakeNode, hunt, names
 
 pytestmark = pytest.mark.timeout(300)  # some faults show in the thousandth history only
 
@@ -104,7 +102,7 @@ class ForgetsGrants(Node):
         return {**row, "grants": {}} if row is not None and table is Table.SESSIONS else row
 
 
-FAULTS: list[tuple[Callable[[Rules], Node], str]] = [
+FAULTS: list[tuple[MakeNode, str]] = [
     (TakesAnyWorker, "is sealed otherwise|serves whom it was not opened for"),
     (NeedsNoKey, "serves whom it was not opened for"),
     (OpensForAnyone, "opened by another"),
@@ -117,7 +115,7 @@ FAULTS: list[tuple[Callable[[Rules], Node], str]] = [
 
 
 @pytest.mark.parametrize(("make_node", "complaint"), FAULTS, ids=names(FAULTS))
-def test_a_planted_fault_is_found(make_node: Callable[[Rules], Node], complaint: str) -> None:
+def test_a_planted_fault_is_found(make_node: MakeNode, complaint: str) -> None:
     """What the node does gives the fault away, without a look at its state."""
     with pytest.raises(CAUGHT, match=complaint):
         hunt(make_node, inspect=False)

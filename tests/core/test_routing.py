@@ -252,3 +252,28 @@ def take_step(story: Story, what: str, tenant: str, pick: int, number: int) -> N
         story.lose(session.id)
     elif what == "clean_up" and session.state == "draining":
         story.clean_up(session.id)
+
+
+def test_a_session_that_is_washed_after_every_task_is_never_chosen() -> None:
+    """It has its task, or somebody has asked for it in order to give it one."""
+    story = Story("g0", "g1")
+    story.ask("s1", workload=work(wash_per_task=True))
+    story.ready("s1")
+    assert chosen(story) is None
+
+
+def test_another_session_is_made_where_a_slot_is_kept_for_the_tenant() -> None:
+    """A slot that is kept for her lets her start at once; one that is kept for another does not."""
+    story = Story("g0", "g1", light_wash=True, session_queue_max=0)
+    story.ask("s1")
+    story.ready("s1")
+    story.submit("t1", to="s1")
+    story.ask("s2")
+    story.kill("s2")
+    story.clean_up("s2")
+    assert chosen(story) is None
+    story.ask("s3")
+    story.kill("s3")
+    story.gone("s3")
+    with pytest.raises(Refusal, match="no other can start now"):
+        chosen(story)

@@ -30,8 +30,9 @@ from gpu_server.core.sessions import (
     TaskType,
     Workload,
 )
-from gpu_server.core.slots import Slot, SlotSpec, SlotState, Tier
+from gpu_server.core.slots import Slot, SlotSpec, SlotState, Tier, WashTier
 from gpu_server.core.timers import SESSION_ALARMS, TASK_ALARMS, Alarm
+from tests.core.papers import judge
 from tests.core.story import Story, work
 
 CANARY = "the patient's name is Jane"
@@ -39,6 +40,7 @@ CANARY = "the patient's name is Jane"
 TEXT = st.text(max_size=8)
 TIME = st.floats(allow_nan=False, allow_infinity=False)
 COUNT = st.integers(0, 1 << 53)
+HASH = st.binary(min_size=32, max_size=32)
 KEYS = st.none() | st.builds(RequestKey, name=TEXT, fingerprint=TEXT)
 FAILURES = st.none() | st.builds(Failure, code=st.sampled_from(FailureCode), message=TEXT)
 WORKERS_OWN = st.builds(
@@ -68,6 +70,12 @@ SLOTS = st.builds(
     fence=COUNT,
     fault=st.none() | TEXT,
     doubt=st.none(),
+    prev=HASH,
+    head=HASH,
+    pending=st.none(),
+    tier=st.sampled_from(WashTier),
+    tenant=st.none() | TEXT,
+    kept_for=st.none() | TEXT,
     history=NO_HISTORY,
 )
 SESSIONS = st.builds(
@@ -83,6 +91,7 @@ SESSIONS = st.builds(
         max_concurrent_tasks=st.integers(1, 64),
         start_timeout=TIME,
         sealed=st.sampled_from(SealedUse),
+        wash_per_task=st.booleans(),
     ),
     tier=st.sampled_from(Tier),
     task_type=st.sampled_from(TaskType),
@@ -91,7 +100,7 @@ SESSIONS = st.builds(
     state=st.sampled_from(SessionState),
     stage=st.none(),
     fence=COUNT,
-    slot_ids=st.lists(TEXT).map(tuple),
+    slot_ids=st.just(("g0", "g1")),
     container_id=st.none() | TEXT,
     idle_deadline=st.none(),
     max_deadline=st.none() | TIME,
@@ -108,6 +117,10 @@ SESSIONS = st.builds(
     worker_key=st.none() | TEXT,
     grants=st.dictionaries(TEXT, st.builds(Grant, epoch=TEXT, wrapped_key=TEXT, grant=TEXT), max_size=3),
     sealed_tasks=COUNT,
+    tasks_taken=COUNT,
+    washed_before=st.tuples(TEXT, TEXT),
+    washed_after=st.lists(TEXT).map(tuple),
+    prefetched=st.just(False),
     history=NO_HISTORY,
 )
 TASKS = st.builds(
@@ -236,7 +249,7 @@ def test_a_node_finds_the_words_that_were_put_back() -> None:
     story.submit("t1")
     story.lose(failure=failure, log_tail="oom")
     words = {"s1": {"message": "it crashed", "log_tail": "oom"}, "t1": {"message": "it crashed"}}
-    node = Node(Rules())
+    node = Node(Rules(), judge=judge)
     node.restore(rows.with_words(story.journal.rows(), words))
     assert node.sessions["s1"].failure == node.tasks["t1"].failure == failure
     assert node.sessions["s1"].log_tail == "oom"
@@ -313,12 +326,12 @@ def full() -> dict[Table, dict[str, Any]]:
 
 def refuses(kept: Mapping[Table, Any]) -> None:
     with pytest.raises(RowsUnusable):
-        Node(Rules()).restore(kept)
+        Node(Rules(), judge=judge).restore(kept)
 
 
 def test_rows_of_a_node_can_be_read() -> None:
     """The rows that the following tests spoil are good: whoever waits, holds and drains is there."""
-    node = Node(Rules())
+    node = Node(Rules(), judge=judge)
     node.restore(full())
     assert [session.state for session in node.sessions.values()] == [
         "working",
@@ -341,7 +354,7 @@ def test_a_row_without_one_of_its_fields_is_not_ours(table: Table, name: str, co
     refuses(kept)
 
 
-@pytest.mark.parametrize("table", list(Table))
+@pytest.mark.parametrize("table", rows.STATE_TABLES)
 def test_rows_without_one_of_the_tables_are_not_ours(table: Table) -> None:
     """None of them is missing, though each may be empty."""
     kept = full()
@@ -354,6 +367,9 @@ def test_rows_without_one_of_the_tables_are_not_ours(table: Table) -> None:
     [
         (Table.SLOTS, "g0", "state", "lost"),
         (Table.SLOTS, "g0", "tiers", ["middle"]),
+        (Table.SLOTS, "g0", "tier", "thorough"),
+        (Table.SLOTS, "g0", "prev", "00"),
+        (Table.SLOTS, "g0", "head", "no hash"),
         (Table.SESSIONS, "s1", "state", "asleep"),
         (Table.SESSIONS, "s1", "close_reason", "boredom"),
         (Table.SESSIONS, "s1", "alarms", {"snooze": 1.0}),
@@ -386,8 +402,19 @@ def test_a_word_of_another_version_is_not_ours(table: Table, name: str, column: 
         pytest.param(Table.SLOTS, "g0", {"holder": "s5"}, id="a slot leased to one that does not know it"),
         pytest.param(Table.SLOTS, "g2", {"state": "leased", "holder": "s4"}, id="leased to one taken down"),
         pytest.param(Table.SLOTS, "g0", {"state": "free", "holder": None}, id="a free slot that is held"),
-        pytest.param(Table.SESSIONS, "s1", {"slot_ids": ["g0"]}, id="a lease that its holder forgot"),
-        pytest.param(Table.SESSIONS, "s5", {"slot_ids": ["g0"]}, id="a slot that two hold"),
+        pytest.param(
+            Table.SESSIONS,
+            "s1",
+            {"slot_ids": ["g0"], "washed_before": ["00"]},
+            id="a lease that its holder forgot",
+        ),
+        pytest.param(
+            Table.SESSIONS,
+            "s5",
+            {"slot_ids": ["g0"], "washed_before": ["00"]},
+            id="a slot that two hold",
+        ),
+        pytest.param(Table.SESSIONS, "s1", {"washed_before": []}, id="a lease of slots that nobody washed"),
     ],
 )
 def test_rows_that_contradict_each_other_are_not_ours(table: Table, name: str, changes: Row) -> None:
@@ -410,7 +437,7 @@ def test_whatever_a_row_holds_has_one_answer(field: tuple[Table, str, str], valu
     kept, (table, name, column) = full(), field
     kept[table][name][column] = value
     with contextlib.suppress(RowsUnusable):
-        Node(Rules()).restore(kept)
+        Node(Rules(), judge=judge).restore(kept)
 
 
 @given(place=st.sampled_from([(t, name) for t, name, _ in FIELDS if t is not Table.NODE]), value=ANY_JSON)

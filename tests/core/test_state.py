@@ -10,14 +10,14 @@ from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
 from gpu_server.core.errors import CertificateRejected, Refusal
 from gpu_server.core.node import Node
-from gpu_server.core.rows import Change, Table
+from gpu_server.core.rows import Change, Table, certificate_row
 from gpu_server.core.sessions import Rules, TaskState
-from gpu_server.core.slots import Certificate
 from gpu_server.core.state import FENCE
 from tests.core.hunt import HISTORIES
 from tests.core.invariants import check, durable
 from tests.core.journal import Journal, check_cut
 from tests.core.machine import NodeMachine
+from tests.core.papers import judge, paper_for
 from tests.core.story import Story, device, only, work
 
 FENCE_ROW = (Table.NODE, FENCE)
@@ -113,10 +113,32 @@ def test_a_session_that_ends_writes_what_it_held() -> None:
     assert touched(crowd(), event) == {S1, T1, T2, G0}
 
 
-def test_a_certificate_writes_its_slot() -> None:
-    """And nothing else, where nobody waits for it."""
+def test_a_certificate_is_written_with_its_slot() -> None:
+    """In one decision, and it is no row of the state: the node does not read it again. That it is on the disk
+    writes the slot once more."""
     story = Story("g0", "g1", washed=False)
-    assert touched(story, ev.WashPassed(certificate=story.certificate("g0"))) == {G0}
+    certificate = judge(story.certificate("g0"))
+    name = (Table.CERTIFICATES, certificate.record_hash.hex())
+    assert touched(story, ev.CertificateIssued(certificate=certificate.raw)) == {G0, name}
+    assert story.journal.certificates() == {name[1]: certificate_row(certificate)}
+    assert story.journal.rows()[Table.SLOTS]["g0"]["prev"] == certificate.hash.hex()
+    secured = ev.CertificateSecured(slot_id="g0", certificate_hash=certificate.hash)
+    assert touched(story, secured) == {G0}
+    assert touched(story, secured) == set()
+
+
+def test_a_certificate_after_a_lease_is_in_its_session() -> None:
+    """Where the session is remembered still: what came before its lease, and what after it."""
+    story = Story("g0")
+    before = story.slot().head.hex()
+    story.ask("s1")
+    story.kill()
+    story.gone()
+    certificate = judge(story.certificate("g0"))
+    name = (Table.CERTIFICATES, certificate.record_hash.hex())
+    assert touched(story, ev.CertificateIssued(certificate=certificate.raw)) == {G0, S1, name}
+    assert story.session().washed_before == (before,)
+    assert story.session().washed_after == (certificate.record_hash.hex(),)
 
 
 def test_what_is_forgotten_is_removed() -> None:
@@ -195,9 +217,10 @@ def test_a_refused_request_writes_nothing(request_: ev.Request) -> None:
 def test_a_rejected_certificate_writes_nothing() -> None:
     """The slot is as it was."""
     story = Story("g0", washed=False)
-    wrong = Certificate(kind="teardown", slot_id="g0", slot_uuid="GPU-other", fence=0)
-    with pytest.raises(CertificateRejected):
-        story.node.handle(ev.WashPassed(certificate=wrong), story.now)
+    for lies in ({"slot_uuid": "GPU-other"}, {"fence": 9}, {"result": "failed"}):
+        wrong = ev.CertificateIssued(certificate=story.certificate("g0", **lies))
+        with pytest.raises(CertificateRejected):
+            story.node.handle(wrong, story.now)
     assert taken(story) == set()
 
 
@@ -232,7 +255,7 @@ def test_numbered_events_are_counted() -> None:
 
 def test_a_first_life_begins_with_no_rows() -> None:
     """Rows of nothing are good rows."""
-    node = Node(Rules(), first_fence=7)
+    node = Node(Rules(), judge=judge, first_fence=7)
     node.restore(Journal().rows())
     assert (list(node.sessions), list(node.tasks), len(node.slots), node._next_fence) == ([], [], 0, 7)
 
@@ -240,23 +263,26 @@ def test_a_first_life_begins_with_no_rows() -> None:
 def test_a_restored_node_has_nothing_to_write() -> None:
     """It is what the journal holds."""
     story = crowd()
-    node = Node(Rules())
+    node = Node(Rules(), judge=judge)
     node.restore(story.journal.rows())
     assert node.take_changes() == []
     assert durable(node) == durable(story.node)
 
 
-@pytest.mark.parametrize(("first", "expected"), [(1, 3), (100, 100)])
+@pytest.mark.parametrize(("first", "expected"), [(1, 4), (100, 101)])
 def test_the_higher_fence_counts(first: int, expected: int) -> None:
     """That of the journal, or that of the clock where the journal is an old one."""
     story = Story("g0", "g1")
     story.ask("s1")
     story.ask("s2")
-    node = Node(Rules(), first_fence=first)
+    node = Node(Rules(), judge=judge, first_fence=first)
     node.restore(story.journal.rows())
     node.handle(ev.NodeStarted(slots=(device("g0"), device("g1"), device("g2"))), story.now)
-    fresh = Certificate(kind="teardown", slot_id="g2", slot_uuid="GPU-g2", fence=0)
-    node.handle(ev.WashPassed(certificate=fresh), story.now)
+    fresh = paper_for(node.slots["g2"]).signed()
+    (secure,) = node.handle(ev.CertificateIssued(certificate=fresh), story.now)
+    assert isinstance(secure, fx.SecureCertificate)
+    secured = ev.CertificateSecured(slot_id="g2", certificate_hash=secure.certificate_hash)
+    node.handle(secured, story.now)
     event = ev.SessionRequested(session_id="s3", tenant="ann", tier=None, workload=work())
     (start,) = only(node.handle(event, story.now), fx.StartWorker)
     assert start.fence == expected

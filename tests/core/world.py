@@ -7,6 +7,7 @@ twice. After each decision it compares the node with its books, and with what is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from gpu_server.core import effects as fx
 from gpu_server.core import events as ev
@@ -15,7 +16,7 @@ from gpu_server.core.errors import CertificateRejected, Refusal
 from gpu_server.core.node import Node
 from gpu_server.core.rows import Table, without_fingerprints
 from gpu_server.core.sessions import RequestKey, Rules
-from gpu_server.core.slots import Certificate, SlotSpec, SlotState
+from gpu_server.core.slots import SlotSpec, SlotState, WashTier
 from tests.core.books import Books, SessionBook, SlotBook, TaskBook, Wash
 from tests.core.invariants import check, must, snapshot
 from tests.core.journal import Journal, check_cut
@@ -27,6 +28,16 @@ from tests.core.next_life import (
     must_follow,
     turn_the_page,
 )
+from tests.core.papers import Paper, judge
+
+
+@dataclass
+class Left:
+    """What a session has left on a device. `tidied`: a light wash has been there."""
+
+    tenant: str
+    sealed: bool
+    tidied: bool = False
 
 
 class Reality:
@@ -36,16 +47,26 @@ class Reality:
         self.containers: dict[str, set[str]] = {}
         self.attended: set[str] = set()  # sessions whose container this life of the service looks after
         self.given: set[str] = set()
+        self.left: dict[str, Left] = {}  # on which device
+        self.unsecured: list[fx.SecureCertificate] = []
 
-    def carry_out(self, effects: Iterable[fx.Effect], slots: Mapping[str, SlotBook]) -> None:
+    def carry_out(
+        self,
+        effects: Iterable[fx.Effect],
+        slots: Mapping[str, SlotBook],
+        sessions: Mapping[str, SessionBook],
+    ) -> None:
         for effect in effects:
             match effect:
+                case fx.SecureCertificate():
+                    self.unsecured.append(effect)
                 case fx.StartWorker(session_id=session_id) | fx.AdoptWorker(session_id=session_id):
                     self.attended.add(session_id)
                     ready = isinstance(effect, fx.AdoptWorker) and effect.ready
                     must(not ready or session_id in self.containers, "there is no such worker:", effect)
                     if session_id not in self.containers:
-                        self._bring_up(session_id, {slots[slot_id].spec.uuid for slot_id in effect.slot_ids})
+                        devices = {slots[slot_id].spec.uuid for slot_id in effect.slot_ids}
+                        self._bring_up(session_id, devices, sessions[session_id])
                 case fx.SendTask():
                     must(effect.task_id not in self.given, "a task runs twice:", effect)
                     self.given.add(effect.task_id)
@@ -53,10 +74,23 @@ class Reality:
                     must(effect.session_id in self.containers, "there is no such worker:", effect)
                     self.given.add(effect.task_id)
 
-    def _bring_up(self, session_id: str, devices: set[str]) -> None:
+    def _bring_up(self, session_id: str, devices: set[str], book: SessionBook) -> None:
+        for device in devices:
+            left = self.left.get(device)
+            plain = book.sealing is None and left is not None and not left.sealed
+            met = left is None or (plain and left.tidied and left.tenant == book.tenant)
+            must(met, "somebody meets what another has left:", session_id, device, left, book)
+            self.left[device] = Left(book.tenant, sealed=book.sealing is not None)
         for other, theirs in self.containers.items():
             must(not devices & theirs, "two containers have one device:", session_id, other, devices)
         self.containers[session_id] = devices
+
+    def wash(self, device: str, tier: WashTier) -> None:
+        """This device has been washed: a full wash leaves nothing."""
+        if tier is WashTier.FULL:
+            self.left.pop(device, None)
+        elif device in self.left:
+            self.left[device].tidied = True
 
     def take_down(self, session_id: str) -> None:
         self.containers.pop(session_id, None)
@@ -90,6 +124,9 @@ class World(Books):
         self.doom: Death | None = None  # when the next decision is written, nothing of it is carried out
         self.deaths = 0
         self.broken = False
+        self.kept_before: dict[str, str | None] = {}
+        self.ever = {(spec.id, spec.uuid): spec for spec in specs}
+        self.old_papers: list[bytes] = []  # of all lives
         self.begin(specs, rebooted=False)
 
     # -- one step
@@ -104,7 +141,7 @@ class World(Books):
             raise
 
     def _send(self, event: ev.Event, wash: int | None) -> bool:
-        may_be_refused = isinstance(event, ev.Request | ev.WashPassed)
+        may_be_refused = isinstance(event, ev.Request | ev.CertificateIssued)
         before = snapshot(self.node) if may_be_refused else ""
         self.event = event
         try:
@@ -114,13 +151,15 @@ class World(Books):
             return False
         except CertificateRejected:
             self._check_untouched(event, before)
-            assert isinstance(event, ev.WashPassed)
-            slot = self.slots.get(event.certificate.slot_id)
-            must(wash is None or slot is None or wash != slot.wash, "a good certificate was rejected:", event)
+            slots = [slot for slot in self.slots.values() if slot.wash == wash and slot.pending is None]
+            must(
+                wash is None or not self._is_awaited(event, slots), "a good certificate was rejected:", event
+            )
             return False
         self._write(event)
         busy_before = {s for s, book in self.sessions.items() if book.order or book.in_worker}
         self.book_event(event, wash)
+        self.kept_before = {slot_id: slot.kept_for for slot_id, slot in self.slots.items()}
         for effect in effects:
             self.book_effect(effect, busy_before)
         self._compare(event, [effect for effect in effects if isinstance(effect, fx.StartWorker)])
@@ -128,8 +167,12 @@ class World(Books):
             death, self.doom = self.doom, None
             self._die(death)
             return False
-        self.reality.carry_out(effects, self.slots)
+        self.reality.carry_out(effects, self.slots, self.sessions)
         return True
+
+    def _is_awaited(self, event: ev.Event, slots: list[SlotBook]) -> bool:
+        assert isinstance(event, ev.CertificateIssued)
+        return judge(event.certificate).slot_id in {slot.spec.id for slot in slots}
 
     def _check_untouched(self, event: ev.Event, before: str) -> None:
         must(snapshot(self.node) == before, "a refused request or certificate changed something:", event)
@@ -160,7 +203,8 @@ class World(Books):
         self.deaths += 1
         self.now += death.pause
         specs = [slot.spec for slot in self.slots.values()]
-        specs = devices_after(specs, death, fresh=f"n{self.deaths}")
+        specs = devices_after(specs, death, f"n{self.deaths}", self.ever.values())
+        self.ever |= {(spec.id, spec.uuid): spec for spec in specs}
         self._restore(rebooted=death.rebooted)
         self.begin(specs, rebooted=death.rebooted, carried_out=not death.again)
         if death.again:
@@ -176,6 +220,7 @@ class World(Books):
                 book.key = book.key and RequestKey(name=book.key.name, fingerprint="")
             self.reality.containers.clear()
         self.reality.attended.clear()
+        self.reality.unsecured.clear()
         self.past.clear()
         self.node = self.make_node(self.node.rules)
         self.node.restore(self.journal.rows())
@@ -193,12 +238,13 @@ class World(Books):
             self.book_news(effect)
         for effect in effects:
             if isinstance(effect, fx.WashSlots):
+                self.fence = max(self.fence, effect.fence)
                 self.wash_begins(effect)
         self._compare(event, [])
         if self.inspect:
             check_deadlines(self.node, deadlines, self.now)
         if carried_out:
-            self.reality.carry_out(effects, self.slots)
+            self.reality.carry_out(effects, self.slots, self.sessions)
 
     # -- books against node
 
@@ -235,6 +281,9 @@ class World(Books):
             must(seen.spec == slot.spec, "not the device that is there:", seen, slot)
             as_believed = seen.state is slot.state
             must(as_believed, f"slot {slot_id} is {seen.state}, the books say {slot.state}:", event)
+            chain = (seen.prev, seen.head, seen.pending, seen.kept_for)
+            believed = (slot.prev, slot.head, slot.pending, slot.kept_for)
+            must(chain == believed, f"slot {slot_id} has other certificates:", event, seen, slot)
             slot.number = seen.number if slot.number is None else slot.number
             must(seen.number == slot.number, "a slot's number has changed:", seen, slot)
 
@@ -247,7 +296,10 @@ class World(Books):
             must(not book.must_end or book.washed, "it serves whom it was not opened for:", event, session_id)
             at_work = book.order or book.in_worker or book.washed
             spent = book.sealed_tasks >= self.node.rules.sealed_tasks_max
+            spent |= book.workload.wash_per_task and book.taken > 0 and book.leased_at is not None
             must(at_work or not spent, "a session that takes no more tasks idles:", event, session_id)
+            washed = (session.washed_before, session.washed_after)
+            must(washed == (book.washed_before, book.washed_after), "washed otherwise:", session, book)
 
     def _check_nobody_was_overtaken(self, lease: fx.StartWorker) -> None:
         """Whoever joined earlier and still waits could not have used any of these slots."""
@@ -255,13 +307,29 @@ class World(Books):
         for session_id, book in self.line():
             if book.joined < joined:
                 useful = [s for s in lease.slot_ids if book.tier in self.slots[s].spec.tiers]
+                kept = {s for s, keeper in self.kept_before.items() if keeper not in (None, book.only_after)}
+                if self._missing(book) <= 0:
+                    useful = [slot_id for slot_id in useful if slot_id not in kept]
                 must(not useful, "slots were taken from one who waits for them:", lease, session_id)
+
+    def _missing(self, book: SessionBook) -> int:
+        """How many slots it lacks, were all washes under way to pass."""
+        coming = (SlotState.FREE, SlotState.WASHING)
+        return book.workload.gpus - sum(
+            slot.state in coming and slot.will_serve(book) for slot in self.slots.values()
+        )
 
     def _check_nothing_lags(self) -> None:
         """The first of the line has no choice of slots, and tasks wait only for a worker that is full."""
         for session_id, book in [] if self.doubt else self.line()[:1]:
             free = [s for s in self.slots.values() if s.state is SlotState.FREE and book.tier in s.spec.tiers]
-            must(len(free) < book.workload.gpus, "the first of the line could start:", session_id, free)
+            ready = [slot for slot in free if slot.will_serve(book)]
+            must(len(ready) < book.workload.gpus, "the first of the line could start:", session_id, free)
+            missing = self._missing(book)
+            must(
+                missing <= 0 or len(ready) == len(free), "it waits for slots that are kept:", session_id, free
+            )
+            must(missing > 0 or book.prefetched, "nothing was fetched ahead:", session_id, book)
         for session_id in self.serving():
             book = self.sessions[session_id]
             if book.is_ready and len(book.in_worker) < book.workload.max_concurrent_tasks:
@@ -305,9 +373,13 @@ class World(Books):
         self.tasks[task_id].readers += 1
         self.send(ev.ReaderCame(task_id=task_id))
 
-    def certificate(self, wash: Wash, slot_id: str) -> Certificate:
-        uuid = self.slots[slot_id].spec.uuid
-        return Certificate(kind="teardown", slot_id=slot_id, slot_uuid=uuid, fence=wash.fence)
+    def paper(self, wash: Wash, slot_id: str) -> Paper:
+        """What this wash may say of this slot. One that was asked to be light may do more."""
+        tier = wash.tier if wash.number % 4 else WashTier.FULL
+        uuid, prev = self.slots[slot_id].spec.uuid, wash.prevs[slot_id]
+        return Paper(
+            slot_id=slot_id, slot_uuid=uuid, fence=wash.fence, prev=prev, tier=tier, serial=wash.number
+        )
 
     def container_gone(self, wash: Wash) -> None:
         """What the wash must remove is gone. A wash of an earlier life does nothing any more."""
@@ -321,10 +393,28 @@ class World(Books):
             self.fact(ev.ContainerGone(session_id=wash.session_id))
 
     def wash_passes(self, wash: Wash, slot_id: str) -> None:
+        """Its certificate is not on the disk yet."""
         if wash in self.washes and slot_id in wash.left:
             wash.left.remove(slot_id)
-            self.fact(ev.WashPassed(certificate=self.certificate(wash, slot_id)), wash.number)
+            paper = self.paper(wash, slot_id)
+            if self.slots[slot_id].wash == wash.number:
+                self.reality.wash(paper.slot_uuid, paper.tier)
+            self.old_papers = [*self.old_papers[-40:], paper.signed()]
+            self.fact(ev.CertificateIssued(certificate=paper.signed()), wash.number)
             self.forget_finished_washes()
+
+    def secure(self, order: fx.SecureCertificate) -> None:
+        """The disk has this certificate. It must have been in the journal when that was asked for."""
+        if order in self.reality.unsecured:
+            self.reality.unsecured.remove(order)
+            written = {row["hash"] for row in self.journal.certificates().values()}
+            self.broken |= order.certificate_hash.hex() not in written
+            must(not self.broken, "a certificate that nobody wrote:", order)
+            self.fact(ev.CertificateSecured(slot_id=order.slot_id, certificate_hash=order.certificate_hash))
+
+    def secure_all(self) -> None:
+        for order in list(self.reality.unsecured):
+            self.secure(order)
 
     def wash_fails(self, wash: Wash, slot_ids: list[str]) -> None:
         if wash not in self.washes:
@@ -342,6 +432,7 @@ class World(Books):
         self.container_gone(wash)
         for slot_id in list(wash.left):
             self.wash_passes(wash, slot_id)
+        self.secure_all()
         self.forget_finished_washes()
 
     def forget_finished_washes(self) -> None:
@@ -352,6 +443,7 @@ class World(Books):
         self.doom = None
         self.send(ev.RuntimeChecked(doubt=None))
         for _ in range(2000):
+            self.secure_all()
             for wash in list(self.washes):
                 self.wash_to_the_end(wash)
             for slot_id, slot in self.slots.items():

@@ -16,7 +16,9 @@ from gpu_server.drivers.enclave_container import ContainerEnclave
 from gpu_server.ports import EnclaveDown, RuntimeUnreachable
 from tests.docker_engine import TEST_IMAGE
 
-STAYS = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nwhile 1: signal.pause()"
+STAYS = """import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+print("up", flush=True)
+while 1: signal.pause()"""
 PATIENCE = 60.0
 
 pytestmark = pytest.mark.docker
@@ -50,6 +52,13 @@ async def make(docker_engine: APIClient, instance: str, tmp_path: Path) -> Async
         enclave.close()
 
 
+async def up(engine: APIClient, enclave: ContainerEnclave) -> None:
+    """Wait until its program can be asked to end."""
+    async with asyncio.timeout(PATIENCE):
+        while b"up" not in engine.logs(enclave.name):  # noqa: ASYNC110 -- another program says it
+            await asyncio.sleep(0.01)
+
+
 async def ended(enclave: ContainerEnclave) -> str:
     async with asyncio.timeout(PATIENCE):
         while (why := await enclave.ended()) is None:
@@ -67,10 +76,29 @@ async def test_start_and_stop(make: Make, docker_engine: APIClient, tmp_path: Pa
     assert found["Config"]["Labels"]["gpu-server.role"] == "enclave"
     assert found["Config"]["Labels"]["gpu-server.instance"] == instance
     assert (tmp_path / "e").stat().st_mode & 0o777 == 0o700
-    await enclave.stop(5.0)
+    await up(docker_engine, enclave)
+    assert await enclave.stop(5.0) == "terminated"
     assert await enclave.ended() == "its container has gone"
     assert not (tmp_path / "e").exists()
-    await enclave.stop(5.0)
+    assert await enclave.stop(5.0) == "none"
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"), [("exit(70)", "ended"), ("exit(71)", "killed"), ("exit(72)", "killed")]
+)
+async def test_how_it_came_to_be_gone(make: Make, code: str, ending: str) -> None:
+    """One that has ended is told from one whose runner has not seen it gone."""
+    enclave = make(code=code)
+    await enclave.start()
+    await ended(enclave)
+    assert await enclave.stop(5.0) == ending
+
+
+async def test_one_that_is_killed(make: Make) -> None:
+    """What had no time to end in order is not said to have done so."""
+    enclave = make()
+    await enclave.start()
+    assert await enclave.stop(0.0) == "killed"
 
 
 async def test_the_next_life_finds_it(make: Make) -> None:

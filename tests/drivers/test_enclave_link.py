@@ -14,20 +14,21 @@ import pytest
 from gpu_server.drivers.enclave_link import EnclaveLink
 from gpu_server.ports import EnclaveDown, EnclaveRefused
 from gpu_server.sealed.frames import Code, decode_request, encode_reply
+from gpu_server.sealed.grant import Binding
 from tests.fakes.enclave_host import FakeEnclaveHost
 
 Answer = Callable[[int], bytes]
 NONCE = b"n" * 32
 PATIENCE = 20.0
-GRANT = {
-    "tenant": "t",
-    "pool": "p",
-    "kms_key_arn": "arn:aws:kms:eu-west-1:123456789012:key/k",
-    "session_id": "s",
-    "worker_key": b"w" * 32,
-    "wrapped_key": b"w",
-    "for_recipient": b"c",
-}
+BINDING = Binding(
+    tenant="t",
+    pool="p",
+    kms_key_arn="arn:aws:kms:eu-west-1:123456789012:key/k",
+    session_id="s",
+    epoch=b"e" * 16,
+    worker_key=b"w" * 32,
+    wrapped_key=b"w",
+)
 
 
 class Played:
@@ -110,7 +111,7 @@ async def test_a_real_enclave(tmp_path: Path) -> None:
         assert (await link.status()).epoch == epoch
         assert len(await link.hello(NONCE)) > 1000
         with pytest.raises(EnclaveRefused) as nonsense:
-            await link.grant(**GRANT)  # type: ignore[arg-type]
+            await link.grant(BINDING, b"c")
         assert nonsense.value.code == "DECRYPT"
     finally:
         link.close()
@@ -207,7 +208,7 @@ async def test_no_answer_is_so_long(played: Played, link: EnclaveLink) -> None:
     [
         (lambda link: link.init(()), b"e" * 16, (b"e" * 15, b"e" * 17, "e" * 16, 3)),
         (lambda link: link.hello(NONCE), b"d" * 3000, (b"", b"d" * 0x3001, "d")),
-        (lambda link: link.grant(**GRANT), b"g" * 80, (b"g" * 79, b"g" * 81, "g" * 80)),
+        (lambda link: link.grant(BINDING, b"c"), b"g" * 80, (b"g" * 79, b"g" * 81, "g" * 80)),
     ],
     ids=["init", "hello", "grant"],
 )
@@ -267,7 +268,7 @@ async def test_arguments_that_no_enclave_takes(played: Played, link: EnclaveLink
         await link.init((b"not a hash",))
     assert refused.value.code == "MALFORMED"
     with pytest.raises(EnclaveRefused):
-        await link.grant(**{**GRANT, "for_recipient": bytes(1 << 17)})  # type: ignore[arg-type]
+        await link.grant(BINDING, bytes(1 << 17))
     assert played.connections == 0
 
 

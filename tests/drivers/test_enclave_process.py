@@ -89,10 +89,10 @@ async def test_start_and_stop(make: Make, tmp_path: Path) -> None:
     await enclave.start()
     assert await enclave.ended() is None
     await said(tmp_path / "e", "up")
-    await enclave.stop(5.0)
+    assert await enclave.stop(5.0) == "terminated"
     assert await enclave.ended() == "its process has gone"
     assert not (tmp_path / "e").exists()
-    await enclave.stop(5.0)
+    assert await enclave.stop(5.0) == "none"
 
 
 async def test_it_inherits_nothing(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +159,7 @@ async def test_a_kill_is_seen(make: Make, tmp_path: Path) -> None:
     assert record.pid is not None
     os.kill(record.pid, signal.SIGKILL)
     assert (await ended(enclave)).startswith("its process has ended with -9")
+    assert await enclave.stop(5.0) == "ended"
 
 
 async def test_one_that_does_not_listen(make: Make, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ async def test_one_that_does_not_listen(make: Make, tmp_path: Path) -> None:
     enclave = make(STUBBORN)
     await enclave.start()
     await said(tmp_path / "e", "up")
-    await enclave.stop(0.1)
+    assert await enclave.stop(0.1) == "killed"
     assert await enclave.ended() == "its process has gone"
 
 

@@ -3,95 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from gpu_server.core.slots import BOTH_TIERS, Tier
 from gpu_server.drivers.inventory import CpuInventory, NvmlInventory, choose_inventory
 from gpu_server.ports import InventoryError
-
-MIB = 1024 * 1024
-
-
-class NvmlError(Exception):
-    pass
-
-
-class NotSupported(NvmlError):
-    pass
-
-
-class GpuIsLost(NvmlError):
-    pass
-
-
-@dataclass
-class Gpu:
-    uuid: str
-    used: int = 3 * MIB
-    ecc: int | None = 0
-    rows: tuple[int, int, int, int] | None = (0, 0, 0, 0)
-    lost: bool = False
-
-
-@dataclass
-class FakeNvml:
-    """The functions of `pynvml` that are used, over a list of GPUs."""
-
-    gpus: list[Gpu] = field(default_factory=list)
-    broken: bool = False
-    hang: threading.Event | None = None
-    inits: int = 0
-
-    NVMLError = NvmlError
-    NVMLError_NotSupported = NotSupported
-    NVMLError_GpuIsLost = GpuIsLost
-    NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1
-    NVML_VOLATILE_ECC = 0
-
-    def nvmlInit(self) -> None:
-        self.inits += 1
-        if self.hang is not None:
-            self.hang.wait(30)
-        if self.broken:
-            raise NvmlError("Driver Not Loaded")
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
-        return self.gpus[index]
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu:
-        if self.hang is not None:
-            self.hang.wait(30)
-        (gpu,) = [gpu for gpu in self.gpus if gpu.uuid == uuid]
-        return gpu
-
-    def nvmlDeviceGetUUID(self, gpu: Gpu) -> bytes:
-        return gpu.uuid.encode()
-
-    def nvmlDeviceGetName(self, gpu: Gpu) -> str:
-        return "NVIDIA L40S"
-
-    def nvmlDeviceGetMemoryInfo(self, gpu: Gpu) -> SimpleNamespace:
-        if gpu.lost:
-            raise GpuIsLost("GPU is lost")
-        return SimpleNamespace(total=46068 * MIB, used=gpu.used, free=0)
-
-    def nvmlDeviceGetTotalEccErrors(self, gpu: Gpu, kind: int, counter: int) -> int:
-        assert (kind, counter) == (1, 0)
-        if gpu.ecc is None:
-            raise NotSupported
-        return gpu.ecc
-
-    def nvmlDeviceGetRemappedRows(self, gpu: Gpu) -> tuple[int, int, int, int]:
-        if gpu.rows is None:
-            raise NotSupported
-        return gpu.rows
+from tests.fakes.nvml import FakeNvml, Gpu
 
 
 def two() -> FakeNvml:

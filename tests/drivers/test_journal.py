@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -247,6 +248,94 @@ def test_a_journal_that_was_spoilt_meanwhile_cannot_be_read(journal: SqliteJourn
         shell.execute("INSERT INTO tasks VALUES ('a', 'no JSON')")
     with pytest.raises(JournalUnusable, match=r"journal\.db"):
         journal.load()
+
+
+# -- on the disk ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were forced to the disk, by name."""
+    names: list[str] = []
+    fdatasync = os.fdatasync
+
+    def watched(handle: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fdatasync(handle)
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    return names
+
+
+def test_securing_forces_the_log_to_the_disk(journal: SqliteJournal, synced: list[str]) -> None:
+    """The write-ahead log, which has all that no checkpoint has moved; a write alone forces nothing."""
+    journal.write([task(1)])
+    assert synced == []
+    journal.secure()
+    assert synced == ["journal.db-wal"]
+
+
+def test_the_log_that_is_secured_is_the_one_that_is_written(path: Path) -> None:
+    """However often it was emptied or begun anew, it is the same file: what is written last is in it."""
+    with opened(path) as journal:
+        for number in range(3):
+            fill(journal)
+            journal.checkpoint()
+            journal.write([task(number)])
+            assert journal._log is not None
+            assert os.path.samestat(os.fstat(journal._log), path.with_name("journal.db-wal").stat())
+        log_file = journal._log
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(log_file)
+
+
+def test_a_disk_that_has_refused_is_not_believed_again(
+    journal: SqliteJournal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it could not write may be gone from the kernel's memory, and the next call succeed anyway."""
+
+    def refuse(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    journal.write([task(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", refuse)
+        with pytest.raises(JournalFailing, match="Input/output error"):
+            journal.secure()
+    with pytest.raises(JournalFailing, match="Input/output error"):
+        journal.secure()
+    journal.close()
+    with opened(path) as another:
+        another.secure()
+        assert numbers(another) == [1]
+
+
+def test_securing_and_writes_go_side_by_side(path: Path) -> None:
+    """While other threads secure and make checkpoints, every write succeeds and none is lost."""
+    with opened(path) as journal, ThreadPoolExecutor(2) as threads:
+        due = [threads.submit(journal.secure), threads.submit(journal.checkpoint)]
+        for number in range(ENOUGH):
+            journal.write([task(number, size=1000)])
+            if all(one.done() for one in due):
+                due = [threads.submit(journal.secure), threads.submit(journal.checkpoint)]
+        for one in due:
+            one.result()
+        assert numbers(journal) == list(range(ENOUGH))
+
+
+def test_certificates_are_found_without_reading_the_others(journal: SqliteJournal) -> None:
+    """They are large and many, so what one asks for, and what is pruned, is found by an index."""
+    assert journal._connection is not None
+    for query in (
+        "SELECT row FROM certificates WHERE id = ''",
+        "SELECT row FROM certificates WHERE slot = '' ORDER BY rowid DESC LIMIT 9",
+        "SELECT DISTINCT slot FROM certificates",
+        "SELECT rowid FROM certificates WHERE slot = '' ORDER BY rowid DESC LIMIT 1 OFFSET 9",
+    ):
+        plan = [row[3] for row in journal._connection.execute(f"EXPLAIN QUERY PLAN {query}")]
+        assert len(plan) == 1, plan
+        assert re.search("USING (COVERING )?INDEX", plan[0])
+        assert "row " in query or "COVERING" in plan[0]
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------

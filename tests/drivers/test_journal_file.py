@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_server.core.rows import Change, Table, session_of
+from gpu_server.core.sessions import Rules
 from gpu_server.drivers.journal import SqliteJournal
 from gpu_server.drivers.journal_file import APPLICATION_ID, MIGRATIONS, Migration
 from gpu_server.ports import JournalUnusable
@@ -375,12 +376,24 @@ def test_a_step_to_no_sound_journal_is_not_taken(path: Path, statement: str, why
     assert path.read_bytes() == before
 
 
+def as_of_version_2(row: Any) -> dict[str, Any]:
+    """A session's or a slot's row, as it was before there were certificates."""
+    row = json.loads(json.dumps(row))
+    new = ("prev", "head", "tier", "tenant", "kept_for")
+    if "workload" in row:
+        del row["workload"]["wash_per_task"]
+        new = ("tasks_taken", "washed_before", "washed_after")
+    for name in new:
+        del row[name]
+    return row
+
+
 @pytest.mark.parametrize(("serves", "sealed"), [(True, "allowed"), (False, "off")])
 def test_sessions_of_before_sealed_ones(tmp_path: Path, serves: bool, sealed: str) -> None:
     """Version 2 knows sealed sessions. Those that are there are plain, and go on as they were."""
     story = Story()
     story.ask("s1", workload=work(serves_sessions=True))
-    row: dict[str, Any] = json.loads(json.dumps(story.journal.rows()[Table.SESSIONS]["s1"]))
+    row = as_of_version_2(story.journal.rows()[Table.SESSIONS]["s1"])
     for name in ("sealing", "worker_key", "grants", "sealed_tasks"):
         del row[name]
     del row["workload"]["sealed"]
@@ -388,9 +401,37 @@ def test_sessions_of_before_sealed_ones(tmp_path: Path, serves: bool, sealed: st
     path = tmp_path / "journal.db"
     with opened(path) as journal:
         journal.write([Change(table=Table.SESSIONS, id="s1", row=row)])
-    with opened(path, MIGRATIONS[:1]) as journal:
+    with opened(path, MIGRATIONS) as journal:
         session = session_of("s1", journal.load()[Table.SESSIONS]["s1"])
     assert (session.sealing, session.worker_key, session.grants, session.sealed_tasks) == (None, None, {}, 0)
     assert session.workload.sealed == sealed
     assert session.created_at == story.session().created_at
     assert "newer version" in is_refused(path)
+
+
+def test_slots_of_before_certificates(tmp_path: Path) -> None:
+    """Version 3 knows certificates. A journal of the last release opens, and its slots and sessions go on: a
+    leased one as leased, with no certificate before it."""
+    story = Story("g0", "g1")
+    story.ask("s1")
+    story.ready("s1")
+    rows = story.journal.rows()
+    path = tmp_path / "journal.db"
+    with opened(path, MIGRATIONS[:1]) as journal:
+        for table in (Table.NODE, Table.SLOTS, Table.SESSIONS):
+            old = {
+                name: row if table is Table.NODE else as_of_version_2(row)
+                for name, row in rows[table].items()
+            }
+            journal.write(Change(table=table, id=name, row=row) for name, row in old.items())
+    with opened(path, MIGRATIONS) as journal:
+        journal.prune(1)
+        assert journal.certificates("g0", 10) == ()
+        story.node = story.make_node(Rules())
+        story.node.restore(journal.load())
+    session, slot = story.session(), story.node.slots["g0"]
+    assert (slot.state, slot.holder, slot.prev, slot.head) == ("leased", "s1", bytes(32), bytes(32))
+    assert (slot.tier, slot.tenant, slot.kept_for, slot.pending) == ("full", None, None, None)
+    assert (session.washed_before, session.washed_after) == (("00" * 32,), ())
+    assert (session.tasks_taken, session.workload.wash_per_task) == (0, False)
+    assert "newer version" in is_refused(path, MIGRATIONS[:1])

@@ -85,6 +85,7 @@ async def test_a_worker_gets_the_contracts_environment_and_none_of_the_services(
         "MODEL_ID": "m",
         "HOME": str(folder.share),
         "USER": "worker",
+        "TMPDIR": str(folder.path / "tmp"),
         "GPU_SESSION_ID": "s_1",
         "CUDA_VISIBLE_DEVICES": "",
     }

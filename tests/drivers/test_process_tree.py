@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from gpu_server.drivers.process_tree import Leader, is_alive, leader_now, members, open_pidfd, send
+from gpu_server.drivers.process_tree import (
+    Leader,
+    environment_of,
+    everyone,
+    is_alive,
+    is_ending,
+    leader_now,
+    members,
+    open_pidfd,
+    send,
+)
 
 MARK = "PROCESS_TREE_TEST=this"
 FAMILY = "sleep 300 & setsid sh -c 'echo $$; exec sleep 300' & wait"
@@ -86,3 +98,48 @@ def test_a_process_that_waits_to_be_reaped_is_not_alive() -> None:
         assert not is_alive(leader)
         assert members(leader, MARK) == ()
     assert leader_now(process.pid) is None
+
+
+def test_who_is_ending() -> None:
+    """Not one that runs; one that was killed, or is another by now."""
+    with subprocess.Popen(["sleep", "300"]) as process:
+        leader = leader_now(process.pid)
+        assert leader is not None
+        assert not is_ending(leader)
+        assert is_ending(replace(leader, start_time=leader.start_time + 1))
+        process.kill()
+        process.wait()
+        assert is_ending(leader)
+
+
+def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
+    """A first thread that has ended makes it look like a zombie; it is still a member, and listed, and
+    its environment can be read."""
+    name, _, value = MARK.partition("=")
+    exit_thread = 60 if os.uname().machine == "x86_64" else 93
+    code = (
+        "import ctypes, sys, threading; threading.Thread(target=sys.stdin.read).start();"
+        f" print('up', flush=True); ctypes.CDLL(None).syscall({exit_thread}, 0)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, name: value},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+            leader = leader_now(process.pid)
+            assert leader is not None
+            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                os.sched_yield()
+            assert is_alive(leader)
+            assert members(leader, MARK) == (leader,)
+            assert leader in everyone()
+            assert MARK.encode() in environment_of(process.pid)
+        finally:
+            process.kill()
+    assert not is_alive(leader)
+    assert environment_of(process.pid) == ()

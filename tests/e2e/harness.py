@@ -99,6 +99,7 @@ def presets(runtime: str) -> dict[str, Any]:
                 "short_start": {**ECHO, "env_vars": {"LOAD_SECONDS": 2}},
                 "cannot_load": {**ECHO, "env_vars": {"LOAD_FAIL": "the weights are torn"}},
                 "pair": {**ECHO, "gpus": 2},
+                "per_task": {**ECHO, "wash": "per_task"},
                 "huge": {**ECHO, "gpus": 64},
                 "program": PROGRAM,
                 "forbidden": {**ECHO, "docker_image": "elsewhere/echo:1"},

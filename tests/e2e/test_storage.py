@@ -18,7 +18,7 @@ from tests.e2e.harness import STOP_SECONDS, UNNUMBERED, Caller, Service, Service
 SETTINGS = {"CPU_SLOTS": 6, "DISCONNECT_GRACE_SECONDS": 60, "SHUTDOWN_GRACE_SECONDS": 1}
 LONG = {"count": 200, "delay_ms": 20}
 MEGABYTES = 16
-EXPECTED = ("journal.failing", "history.not_kept", "input.not_kept")
+EXPECTED = ("journal.failing", "certificate.not_secured", "history.not_kept", "input.not_kept")
 
 
 class Disk:

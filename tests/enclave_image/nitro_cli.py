@@ -2,7 +2,8 @@
 
 Run as a program. NITRO_STATE names its folder: `faults` has one error a line (E29, E36, ...), each for one
 call of run-enclave, `broken` the one of all calls while it is there; `socket` is where the enclave listens;
-`running/ID` holds a pid; `log` has the calls.
+`running/ID` holds a pid; `lingers` says in how many calls of describe-enclaves one that was terminated is
+still listed, and `terminating/ID` in how many more; `log` has the calls.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def run_enclave(options: argparse.Namespace) -> None:
             fail(left[0])
     if not Path(options.eif_path).is_file():
         fail("E19")
-    if options.enclave_cid in (1, 2, 3):
+    if options.enclave_cid in (1, 2, 3) or list(STATE.glob("terminating/*")):
         fail("E29")
     path = STATE / "socket"
     environment = {"PYTHONPATH": f"{ROOT / 'enclave_image'}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -109,6 +110,13 @@ def describe_enclaves(_: argparse.Namespace) -> None:
             listed.append({"EnclaveID": record.name, "EnclaveCID": 16, "State": "RUNNING", "Flags": "NONE"})
         else:
             record.unlink()
+    for record in sorted(STATE.glob("terminating/*")):
+        left = int(record.read_text())
+        listed.append({"EnclaveID": record.name, "EnclaveCID": 16, "State": "TERMINATING", "Flags": "NONE"})
+        if left > 1:
+            record.write_text(str(left - 1))
+        else:
+            record.unlink()
     show(listed)
 
 
@@ -123,6 +131,10 @@ def terminate_enclave(options: argparse.Namespace) -> None:
     while _runs(pid):
         pass
     record.unlink()
+    lingers = STATE / "lingers"
+    if lingers.exists():
+        (STATE / "terminating").mkdir(exist_ok=True)
+        (STATE / "terminating" / options.enclave_id).write_text(lingers.read_text())
     show({"EnclaveName": "enclave", "EnclaveID": options.enclave_id, "Terminated": True})
 
 

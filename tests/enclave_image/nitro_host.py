@@ -40,6 +40,10 @@ class NitroHost:
         yield
         marker.unlink()
 
+    def linger(self, calls: int) -> None:
+        """One that is terminated is still listed by so many calls of describe-enclaves."""
+        (self.folder / "lingers").write_text(str(calls))
+
     @property
     def calls(self) -> list[str]:
         """The commands that were called, without their options."""

@@ -71,8 +71,39 @@ def test_start_and_stop(host: NitroHost) -> None:
     assert runner.events == ["starting", "running", "terminated"]
     assert host.running == {}
     assert host.calls[0] == "run-enclave"
-    assert host.calls[-1] == "terminate-enclave"
-    assert "describe-enclaves" in host.calls or len(host.calls) == 2
+    assert host.calls[-2:] == ["terminate-enclave", "describe-enclaves"]
+
+
+def test_it_sees_the_enclave_gone(host: NitroHost) -> None:
+    """Only when nitro-cli does not list the enclave any more the runner ends, with status 0."""
+    host.linger(3)
+    runner = Running(host)
+    runner.until("running")
+    runner.process.send_signal(signal.SIGTERM)
+    assert runner.end() == 0
+    assert host.calls[-5:] == ["terminate-enclave", *["describe-enclaves"] * 4]
+
+
+def test_one_that_does_not_go(host: NitroHost) -> None:
+    """An enclave that stays listed has not been seen gone: that is told, and has a status of its own."""
+    host.linger(1_000_000)
+    runner = Running(host, gone="0.3")
+    started = runner.until("running")
+    runner.process.send_signal(signal.SIGTERM)
+    assert runner.end() == 72
+    assert runner.lines[-1]["event"] == "not_gone"
+    assert runner.lines[-1]["enclave"] == started["enclave"]
+    assert "TERMINATING" in runner.lines[-1]["message"]
+
+
+def test_a_nitro_cli_that_breaks(host: NitroHost) -> None:
+    """Where nobody can say any more what runs, nothing was seen gone."""
+    runner = Running(host, gone="0.3")
+    runner.until("running")
+    host.program.write_text("#!/bin/sh\necho '[{}]'\n")
+    assert runner.end() == 72
+    assert runner.events[-1] == "not_gone"
+    assert "did not print a list" in runner.lines[-1]["message"]
 
 
 def test_a_crash_is_seen(host: NitroHost) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Literal
 from enclave.program import Program
 from enclave.server import Server, listen_unix
 
+from gpu_server.drivers.enclave_host import Ending
 from gpu_server.ports import EnclaveDown, RuntimeUnreachable
 from gpu_server.sealed.canonical import Value
-from gpu_server.sealed.frames import Code, Request
+from gpu_server.sealed.frames import Code, Op, Request
 from gpu_server.sealed.nsm import Nsm
 from gpu_server.sealed.software_nsm import SoftwareNsm
 
@@ -31,6 +33,12 @@ class FakeEnclaveHost:
         """Why nothing is known; every method raises."""
         self.refuses: Code | None = None
         """What every request is answered with."""
+        self.asked: list[Op] = []
+        """The requests that were begun."""
+        self.held: dict[Op, threading.Event] = {}
+        """Requests of these kinds wait until the event is set."""
+        self.stopping: asyncio.Event | None = None
+        """Holds `stop` until it is set."""
         self._why: str | None = "it was never started"
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
@@ -51,10 +59,14 @@ class FakeEnclaveHost:
         self._require()
         return self._why
 
-    async def stop(self, grace: float) -> None:
+    async def stop(self, grace: float) -> Ending:
         self._require()
         self.stops += 1
+        ending: Ending = "terminated" if self._why is None else "ended" if self.starts else "none"
+        if self.stopping is not None:
+            await self.stopping.wait()
         self.crash("it was stopped")
+        return ending
 
     def close(self) -> None:
         pass
@@ -70,6 +82,9 @@ class FakeEnclaveHost:
 
         def handle(request: Request) -> tuple[Code, Sequence[Value]]:
             unblocked.wait()
+            self.asked.append(request.op)
+            if request.op in self.held:
+                self.held[request.op].wait()
             return (self.refuses, ()) if self.refuses is not None else program.handle(request)
 
         self._server = Server(listen_unix(str(self.path)), handle)
@@ -81,6 +96,8 @@ class FakeEnclaveHost:
         """The enclave ends."""
         server, self._server = self._server, None
         self._unblocked.set()
+        for held in self.held.values():
+            held.set()
         if server is not None and self._thread is not None:
             server.close()
             self._thread.join()

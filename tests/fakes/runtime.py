@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from gpu_server.ports import (
+    Belongings,
+    Cleaner,
     Contract,
     CreatedWorker,
+    EndedLease,
     FoundWorker,
     Output,
     OutputLost,
@@ -100,6 +103,8 @@ class FakeEngine:
     containers: dict[str, FakeContainer] = field(default_factory=dict)
     holders: dict[str, str] = field(default_factory=dict)
     listeners: list[tuple[str, Callable[[WorkerExit], None]]] = field(default_factory=list)
+    volumes: dict[str, set[str]] = field(default_factory=dict)
+    """Container id -> the volumes that it has, or has left."""
 
     def say(self, name: str, data: bytes, stream: Literal["stdout", "stderr"] = "stdout") -> None:
         """The worker writes."""
@@ -118,6 +123,24 @@ class FakeEngine:
         for instance, heard in self.listeners:
             if instance == container.instance:
                 asyncio.get_running_loop().call_soon(heard, container.exit)
+
+
+class FakeVolumes:
+    """`Cleaner` of the volumes that the fake's workers leave; `stuck` ones stay."""
+
+    name = "volumes"
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self.stuck: set[str] = set()
+
+    async def look(self, lease: EndedLease) -> int:
+        mine = lease.belongings
+        return len(self._engine.volumes.get(mine.container_id, ())) if mine is not None else 0
+
+    async def remove(self, lease: EndedLease) -> None:
+        if lease.belongings is not None:
+            self._engine.volumes.get(lease.belongings.container_id, set()).intersection_update(self.stuck)
 
 
 class FakeRuntime:
@@ -243,6 +266,18 @@ class FakeRuntime:
     async def foreign_gpu_holders(self) -> Mapping[str, str]:
         await self._enter("foreign_gpu_holders")
         return dict(self.engine.holders)
+
+    async def belongings(self, name: str) -> Belongings | None:
+        await self._enter("belongings", name)
+        container = self.engine.containers.get(name)
+        if container is None or container.instance != self.instance:
+            return None
+        container_id = f"fake-{name}"
+        volumes = tuple(sorted(self.engine.volumes.get(container_id, ())))
+        return Belongings(container_id=container_id, volumes=volumes)
+
+    def cleaners(self) -> tuple[Cleaner, ...]:
+        return (FakeVolumes(self.engine),)
 
     def _ours(self) -> list[FakeContainer]:
         return [found for found in self.engine.containers.values() if found.instance == self.instance]

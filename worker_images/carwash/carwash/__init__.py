@@ -1,0 +1,1 @@
+"""The program that scrubs one GPU's memory between two leases, and verifies it: `python -m carwash`."""
