@@ -268,7 +268,9 @@ class StaysAfterACancel(Node):
     """It goes on where its task was cancelled in the queue."""
 
     def _stop_task(self, task: object, state: TaskState, *rest: object) -> None:
-        session = self.sessions[task.session_id]  # type: ignore[attr-defined]
+        session = self.sessions.get(task.session_id)  # type: ignore[attr-defined]
+        if session is None:  # it is forgotten already, and the task is over with it
+            return
         workload = session.workload
         session.workload = replace(workload, wash_per_task=False)
         super()._stop_task(task, state, *rest)  # type: ignore[arg-type]
