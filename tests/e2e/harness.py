@@ -319,6 +319,15 @@ class Caller:
         """Wait until a session has ended; its tombstone."""
         return await self.in_state(session_id, "closed", "failed")
 
+    async def washed(self, session_id: str) -> dict[str, Any]:
+        """Wait until it has ended, and its slot has a certificate of the wash behind it."""
+
+        async def look() -> dict[str, Any] | None:
+            found = await self.ended(session_id)
+            return found if found["washed_after"] else None
+
+        return await until(f"{session_id} is washed", look)
+
     @contextlib.asynccontextmanager
     async def events(self, task_id: str, *, after: int | None = None) -> AsyncIterator[Following]:
         """A task's events again, from the first or from behind number `after`."""

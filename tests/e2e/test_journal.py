@@ -71,10 +71,8 @@ async def test_what_has_ended_stays_readable(service: Service, caller: Caller) -
     await caller.kill(session)
     tasks = (done, failed, crashed, cancelled, late, alone)
     sessions = {task.session_id for task in tasks}
-    for session_id in sessions:
-        await caller.ended(session_id)
     views = {task.task_id: await caller.task(task.task_id) for task in tasks}
-    tombstones = {session_id: await caller.session(session_id) for session_id in sessions}
+    tombstones = {session_id: await caller.washed(session_id) for session_id in sessions}
     assert views[failed.task_id]["error"] == {"code": "task_failed", "message": "the worker's own words"}
     assert "my last line" in tombstones[crashed.session_id]["log_tail"]
     listed = await caller.client.call("GET", "/api/sessions")
